@@ -1,0 +1,132 @@
+"""What the objective is made of: the weights of its terms, their shapes, and how they move during training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+# The values that each choice takes today. The variants of the 2024 paper and the classification (NLU) losses are not in
+# yet; a name that is not listed is refused here, before any training starts.
+_CHOICES = {
+    "task": ("nlg",),
+    "consistency": ("kl",),
+    "diversity": ("topk",),
+    "svd_norm": ("fro",),
+    "consistency_schedule": ("cosine", "constant"),
+    "focus_schedule": ("two_phase", "constant"),
+}
+_PRESETS: dict[str, dict[str, Any]] = {"nlg_2025": {}}
+
+
+@dataclass(frozen=True)
+class BALoraConfig:
+    """The BA-LoRA objective ``CE + λ₁·consistency + λ₂·diversity + λ₃·svd`` (2025 paper, eq. 12) and its schedules.
+
+    The defaults are the published ones for language generation. The weights are used as given by
+    ``functional.linear_objective``; ``balora.attach`` multiplies them by the schedules (see ``lambdas``).
+
+    Raises:
+        ValueError, TypeError: a field is out of its range or of the wrong type; the message names it.
+    """
+
+    task: str = field(default="nlg", metadata={"help": "nlg: language generation (the 2025 paper, section 2.2.2)"})
+    lambda_consistency: float = field(
+        default=0.025, metadata={"help": "λ₁, the weight of T² · KL(pre-trained ‖ fine-tuned); 0 leaves the term out"}
+    )
+    lambda_diversity: float = field(
+        default=0.005, metadata={"help": "λ₂, the weight of the negative top-K entropy; 0 leaves the term out"}
+    )
+    lambda_svd: float = field(
+        default=0.005, metadata={"help": "λ₃, the weight of the negative share of the leading singular values; 0 = off"}
+    )
+    temperature: float = field(default=2.0, metadata={"help": "T, the temperature of the consistency term"})
+    consistency: str = field(default="kl", metadata={"help": "kl: Kullback-Leibler divergence, teacher first"})
+    diversity: str = field(default="topk", metadata={"help": "topk: entropy of the K largest logits, renormalized"})
+    entropy_top_k: int = field(default=20, metadata={"help": "K, how many tokens the diversity term looks at"})
+    svd_rank: int = field(default=10, metadata={"help": "k, how many singular values the SVD term sums"})
+    svd_norm: str = field(default="fro", metadata={"help": "fro: divide by the Frobenius norm of the logits"})
+    svd_variance: float = field(
+        default=0.0, metadata={"help": "α, the weight of the variance of the leading singular values; only 0 so far"}
+    )
+    consistency_schedule: str = field(
+        default="cosine", metadata={"help": "λ₁ over training: cosine (from 1 down to 0.1) or constant"}
+    )
+    focus_schedule: str = field(
+        default="two_phase",
+        metadata={"help": "λ₂ and λ₃ over training: two_phase (0, then a ramp, then 1) or constant"},
+    )
+    focus_warmup: float = field(default=0.2, metadata={"help": "two_phase: the share of the steps spent at 0"})
+    focus_ramp: float = field(default=0.05, metadata={"help": "two_phase: the share of the steps spent rising to 1"})
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}: expected {' or '.join(map(repr, allowed))}, found {value!r}")
+        for name in ("lambda_consistency", "lambda_diversity", "lambda_svd", "temperature", "svd_variance"):
+            _check_number(name, getattr(self, name))
+        for name in ("lambda_consistency", "lambda_diversity", "lambda_svd"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected a weight of at least 0, found {getattr(self, name)!r}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature: expected a number above 0, found {self.temperature!r}")
+        if self.svd_variance != 0:
+            raise ValueError(f"svd_variance: only 0 is supported so far, found {self.svd_variance!r}")
+        for name in ("entropy_top_k", "svd_rank"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected a whole number, found {value!r} of type {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, found {value!r}")
+        for name in ("focus_warmup", "focus_ramp"):
+            _check_number(name, getattr(self, name))
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share between 0 and 1, found {getattr(self, name)!r}")
+
+    @classmethod
+    def preset(cls, name: str) -> BALoraConfig:
+        """The published settings of that name: ``"nlg_2025"``, the defaults."""
+        if name not in _PRESETS:
+            raise ValueError(f"preset: expected {' or '.join(map(repr, _PRESETS))}, found {name!r}")
+        return cls(**_PRESETS[name])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain Python values; ``from_dict`` takes them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BALoraConfig:
+        """The configuration with these fields; those left out keep their defaults. An unknown field raises."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(
+                f"BALoraConfig has no field {', '.join(map(repr, unknown))}; its fields: {', '.join(known)}"
+            )
+        return cls(**values)
+
+    def lambdas(self, step: int, max_steps: int) -> tuple[float, float, float]:
+        """(λ₁, λ₂, λ₃) at optimizer step ``step`` of ``max_steps``.
+
+        ``cosine``: λ₁ · (0.1 + 0.9 · ½ (1 + cos(π · step / max_steps))), a cosine with a floor of a tenth.
+        ``two_phase``: 0 for the first ``focus_warmup`` of the steps, then linear over ``focus_ramp``, then 1.
+        """
+        progress = min(max(step / max_steps, 0.0), 1.0)
+        drift = focus = 1.0
+        if self.consistency_schedule == "cosine":
+            drift = 0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * progress))
+        if self.focus_schedule == "two_phase":
+            beyond = progress - self.focus_warmup
+            if beyond < 0:
+                focus = 0.0
+            elif beyond < self.focus_ramp:
+                focus = beyond / self.focus_ramp
+        return self.lambda_consistency * drift, self.lambda_diversity * focus, self.lambda_svd * focus
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, found {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, found {value!r}")

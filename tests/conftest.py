@@ -1,0 +1,69 @@
+"""What several test files share: the error budget, random problems, the real model where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from balora import BALoraConfig, LinearHead
+from balora import functional as F
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+SHARED = Path(os.environ.get("BALORA_SHARED", Path(__file__).parents[2] / "shared"))
+
+ALL_TERMS = BALoraConfig(lambda_consistency=0.7, lambda_diversity=0.3, lambda_svd=0.9, entropy_top_k=5, svd_rank=3)
+
+
+def only(term: str, **changes) -> BALoraConfig:
+    """The configuration in which that term alone joins the cross-entropy, with a weight of 1."""
+    weights = {f"lambda_{name}": float(name == term) for name in ("consistency", "diversity", "svd")}
+    return replace(ALL_TERMS, **{**weights, **changes})
+
+
+def problem(n, d, vocab, *, dtype=torch.float64, distance=0.3, scale=1.0, seed=0, ignored=0):
+    """(hidden, teacher_hidden, weight, labels): unit-variance logits times ``scale``, the teacher ``distance`` away."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    hidden = draw(n, d)
+    teacher = hidden + distance * draw(n, d)
+    weight = draw(vocab, d) * (scale / d**0.5)
+    labels = torch.randint(vocab, (n,), generator=g)
+    labels[torch.randperm(n, generator=g)[:ignored]] = -100
+    return hidden.to(dtype), teacher.to(dtype), weight.to(dtype), labels
+
+
+def run(hidden, teacher, weight, labels, config, impl, normalizer=None):
+    """(output, gradient by hidden) of the objective."""
+    hidden = hidden.clone().requires_grad_()
+    out = F.linear_objective(hidden, teacher, LinearHead(weight), labels, config, normalizer=normalizer, impl=impl)
+    out.loss.backward()
+    return out, hidden.grad
+
+
+def assert_within_budget(found, plain, exact, dtype, what=""):
+    """err(found) ≤ 2 · (err(plain torch in the same type) + eps(type) · max|exact|), NaN never passes.
+
+    In float64 the reference is its own yardstick, so its error is not known: a fixed 1e-11 takes its place.
+    """
+    exact = exact.double()
+    if dtype == torch.float64:
+        torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-11 * exact.abs().max().item(), msg=what)
+        return
+    error = (found.double() - exact).abs().max().item()
+    allowed = 2 * ((plain.double() - exact).abs().max().item() + torch.finfo(dtype).eps * exact.abs().max().item())
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.fixture(scope="session")
+def stories15m() -> Path:
+    """The folder of a small real Llama (V 32,000, tied head)."""
+    path = SHARED / "models" / "stories15M"
+    if not path.is_dir():
+        pytest.skip(f"the real model is not at {path}; BALORA_SHARED names another folder that holds models/stories15M")
+    return path

@@ -1,0 +1,365 @@
+"""linear_objective(impl="streaming") against the reference in float64: values, gradients, awkward shapes, bad input."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from balora import BALoraConfig, LinearHead, streaming
+from balora import functional as F
+
+from .conftest import ALL_TERMS, assert_within_budget, only, problem, run
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TERMS = ["none", "consistency", "diversity", "svd"]
+
+
+def check(inputs, config, dtype, normalizer=None):
+    """The streamed loss, its terms and its gradient are within the error budget."""
+    hidden, teacher, weight, labels = inputs
+    found, grad = run(hidden, teacher, weight, labels, config, "streaming", normalizer)
+    plain, plain_grad = run(hidden, teacher, weight, labels, config, "reference", normalizer)
+    wide = [None if x is None else x.double() for x in (hidden, teacher, weight)]
+    exact, exact_grad = run(*wide, labels, config, "reference", normalizer)
+    for name, a, b, c in zip(found._fields, found, plain, exact, strict=True):
+        if c is None:
+            assert a is None, name
+        elif name == "n_valid":
+            assert a == c
+        else:
+            assert_within_budget(a, b, c, torch.promote_types(dtype, torch.float32), name)
+    assert_within_budget(grad, plain_grad, exact_grad, dtype, "gradient")
+    assert grad.dtype == hidden.dtype
+    return found, grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("term", [*TERMS, "all"])
+def test_value_and_gradient_within_the_budget(term, dtype):
+    config = ALL_TERMS if term == "all" else only(term)
+    check(problem(37, 16, 101, dtype=dtype, ignored=5), config, dtype)
+
+
+@pytest.mark.parametrize("distance", [1e-4, 1e-2, 1.0, 30.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_consistency_from_close_to_far(distance, temperature):
+    check(problem(20, 16, 300, dtype=torch.float32, distance=distance, scale=3.0), only("consistency"), torch.float32)
+
+
+@pytest.mark.parametrize("distance", [1e-3, 3e-2, 0.3, 3.0])
+def test_bf16_consistency_within_two_percent_at_every_distance(distance):
+    hidden, teacher, weight, labels = problem(64, 256, 4000, dtype=torch.bfloat16, distance=distance, scale=3.0)
+    if distance < 2**-7:  # a bf16 teacher so close is mostly the same number: move few entries by one rounding step
+        moved = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(1)) < 0.01
+        teacher = torch.where(moved, hidden * (1 + 2**-7), hidden)
+    config = replace(only("consistency"), temperature=2.0)
+    with_term, _ = run(hidden, teacher, weight, labels, config, "streaming")
+    _, ce_grad = run(hidden.double(), None, weight.double(), labels, only("none"), "reference")
+    exact, exact_grad = run(hidden.double(), teacher.double(), weight.double(), labels, config, "reference")
+    assert with_term.consistency.item() == pytest.approx(exact.consistency.item(), rel=0.02)
+    kl_grad = exact_grad - ce_grad
+    alone = streaming.token_terms(
+        hidden,
+        teacher,
+        weight,
+        labels,
+        lambda_consistency=1e6,
+        lambda_diversity=0.0,
+        temperature=2.0,
+        top_k=1,
+        need_grad=True,
+    ).grad_hidden.double()
+    none = streaming.token_terms(
+        hidden,
+        teacher,
+        weight,
+        labels,
+        lambda_consistency=0.0,
+        lambda_diversity=0.0,
+        temperature=2.0,
+        top_k=1,
+        need_grad=True,
+    ).grad_hidden.double()
+    error = ((alone - none) / 1e6 / len(labels) - kl_grad).norm() / kl_grad.norm()
+    assert error < 0.02
+
+
+@pytest.mark.parametrize("term", [*TERMS, "all"])
+def test_gradcheck(term):
+    hidden, teacher, weight, labels = problem(5, 4, 9, ignored=1)
+    head = LinearHead(weight)
+    config = replace(ALL_TERMS if term == "all" else only(term), svd_rank=2)
+
+    def loss(h):
+        return F.linear_objective(h, teacher, head, labels, config, impl="streaming").loss
+
+    assert torch.autograd.gradcheck(loss, hidden.requires_grad_())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 12),
+    d=st.integers(1, 9),
+    vocab=st.integers(1, 70),
+    top_k=st.integers(1, 80),
+    rank=st.integers(1, 12),
+    temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    distance=st.sampled_from([0.0, 1e-3, 1.0, 20.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape(n, d, vocab, top_k, rank, temperature, distance, seed):
+    config = replace(ALL_TERMS, entropy_top_k=top_k, svd_rank=rank, temperature=temperature)
+    hidden, teacher, weight, labels = problem(n, d, vocab, seed=seed, distance=distance, ignored=n // 3)
+    found, grad = run(hidden, teacher, weight, labels, config, "streaming")
+    exact, exact_grad = run(hidden, teacher, weight, labels, config, "reference")
+    assert found.loss.item() == pytest.approx(exact.loss.item(), rel=1e-7, abs=1e-9)
+    # the sum of all singular values of a rank-deficient batch has no gradient: compare where it has one
+    if rank < min(n - n // 3, d, vocab) or min(n - n // 3, vocab) <= d:
+        torch.testing.assert_close(grad, exact_grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 3 * 101 * 8 * 2, 10**9])
+def test_chunks_do_not_change_the_result(monkeypatch, chunk_bytes):
+    inputs = problem(37, 16, 101)
+    exact, exact_grad = run(*inputs, ALL_TERMS, "reference")
+    monkeypatch.setattr(streaming, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(streaming, "_BLOCK_BYTES", 2 * 101 * 8)
+    found, grad = run(*inputs, ALL_TERMS, "streaming")
+    assert found.loss.item() == pytest.approx(exact.loss.item(), rel=1e-12)
+    torch.testing.assert_close(grad, exact_grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 1000, 10**9])
+def test_tiles_of_a_half_precision_head(monkeypatch, tile_bytes):
+    monkeypatch.setattr(streaming, "_TILE_BYTES", tile_bytes)
+    check(problem(9, 16, 101, dtype=torch.bfloat16), ALL_TERMS, torch.bfloat16)
+
+
+def test_same_bits_on_two_runs():
+    inputs = problem(50, 16, 3001, dtype=torch.float32)
+    first, grad = run(*inputs, ALL_TERMS, "streaming")
+    second, grad_again = run(*inputs, ALL_TERMS, "streaming")
+    assert torch.equal(first.loss, second.loss)
+    assert torch.equal(grad, grad_again)
+
+
+def test_teacher_equal_to_student_gives_exactly_zero():
+    hidden, _, weight, labels = problem(20, 16, 301, dtype=torch.float32)
+    found, grad = run(hidden, hidden, weight, labels, only("consistency"), "streaming")
+    _, ce_grad = run(hidden, None, weight, labels, only("none"), "streaming")
+    assert found.consistency.item() == 0.0
+    assert torch.equal(grad, ce_grad)
+
+
+@pytest.mark.parametrize("vocab", [1, 2**16 + 3])
+def test_smallest_and_large_vocabulary(vocab):
+    check(problem(3, 8, vocab, dtype=torch.float32), replace(ALL_TERMS, svd_rank=1), torch.float32)
+
+
+def test_all_logits_equal_and_ties_across_the_kth_place():
+    hidden, teacher, weight, labels = problem(6, 8, 40)
+    weight[:] = weight[0]  # every logit of a row is the same number
+    config = replace(ALL_TERMS, svd_rank=1)
+    found, grad = run(hidden, teacher, weight, labels, config, "streaming")
+    exact, exact_grad = run(hidden, teacher, weight, labels, config, "reference")
+    assert found.loss.item() == pytest.approx(exact.loss.item(), rel=1e-12)
+    torch.testing.assert_close(grad, exact_grad, rtol=1e-9, atol=1e-12)
+    z = torch.tensor([[2.0, 1.0, 3.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0, 1.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
+    assert [sorted(r) for r in streaming._top_k_indices(z, 3).tolist()] == [[0, 1, 2], [0, 1, 2], [0, 1, 2]]
+    assert [sorted(r) for r in streaming._top_k_indices(z, 2).tolist()] == [[0, 2], [0, 1], [0, 1]]
+
+
+def test_huge_logits():
+    hidden, teacher, weight, labels = problem(12, 8, 50, dtype=torch.float32, distance=2.0)
+    check((hidden * 1e2, teacher * 1e2, weight * 1e2, labels), ALL_TERMS, torch.float32)
+
+
+def test_two_one_hot_rows_far_apart():
+    hidden = torch.tensor([[200.0, 0.0], [1.0, 0.0]])
+    teacher = torch.tensor([[0.0, 200.0], [1.0, 1e-4]])  # one row far, one near, in one chunk
+    check((hidden, teacher, torch.eye(2), torch.tensor([0, 1])), only("consistency"), torch.float32)
+
+
+def test_a_rare_token_that_moves_far_keeps_the_small_kl_accurate():
+    weight = torch.cat([torch.eye(3), torch.tensor([[0.0, 0.0, 1.0]])])
+    hidden, teacher = torch.tensor([[1.0, 0.5, -30.0]]), torch.tensor([[1.0, 0.5, -22.0]])
+    config = only("consistency", temperature=1.0)
+    found, _ = run(hidden, teacher, weight, torch.tensor([0]), config, "streaming")
+    exact, _ = run(hidden.double(), teacher.double(), weight.double(), torch.tensor([0]), config, "reference")
+    assert exact.consistency.item() < 1e-8
+    assert found.consistency.item() == pytest.approx(exact.consistency.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("where", ["hidden", "teacher", "weight"])
+@pytest.mark.parametrize("d", [8, 600])
+def test_nan_in_nan_out(term, where, d):
+    inputs = dict(zip(("hidden", "teacher", "weight", "labels"), problem(6, d, 40, dtype=torch.float32), strict=True))
+    inputs[where][2, 3] = torch.nan
+    found, grad = run(*inputs.values(), only(term), "streaming")
+    reached = where != "teacher" or term == "consistency"
+    assert found.loss.isnan().item() is reached
+    assert grad.isnan().any().item() is reached
+
+
+@pytest.mark.parametrize("impl", ["streaming", "reference"])
+def test_no_valid_token_gives_a_connected_zero(impl):
+    hidden, teacher, weight, labels = problem(4, 8, 20)
+    out, grad = run(hidden, teacher, weight, torch.full_like(labels, -100), ALL_TERMS, impl)
+    assert out.loss.item() == 0
+    assert out.n_valid.item() == 0
+    assert not grad.any()
+
+
+def test_zero_hidden_states():
+    hidden, teacher, weight, labels = problem(4, 8, 20)
+    check((hidden * 0, teacher * 0, weight, labels), ALL_TERMS, torch.float64)
+
+
+def test_non_contiguous_and_batched_inputs():
+    hidden, teacher, weight, labels = problem(24, 8, 30, ignored=7)
+    flat, flat_grad = run(hidden, teacher, weight, labels, ALL_TERMS, "streaming")
+    hidden = hidden.view(4, 6, 8).transpose(0, 1).contiguous().transpose(0, 1)
+    wide_weight = torch.randn(30, 16, dtype=torch.float64)
+    wide_weight[:, ::2] = weight
+    out, grad = run(hidden, teacher.view(4, 6, 8), wide_weight[:, ::2], labels.view(4, 6), ALL_TERMS, "streaming")
+    assert out.loss.item() == pytest.approx(flat.loss.item(), rel=1e-12)
+    torch.testing.assert_close(grad.reshape(24, 8), flat_grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["streaming", "reference"])
+def test_the_terms_add_up_to_the_loss_and_normalizers_add_up_over_micro_batches(impl):
+    hidden, teacher, weight, labels = problem(30, 8, 40, ignored=6)
+    config = only("consistency", lambda_diversity=0.3)
+    whole, grad = run(hidden, teacher, weight, labels, config, impl)
+    n = whole.n_valid
+    parts = [run(hidden[i], teacher[i], weight, labels[i], config, impl, n) for i in (slice(0, 11), slice(11, 30))]
+    assert sum(p[0].loss for p in parts).item() == pytest.approx(whole.loss.item(), rel=1e-9)
+    torch.testing.assert_close(torch.cat([p[1] for p in parts]), grad)
+    out, _ = run(hidden, teacher, weight, labels, ALL_TERMS, impl, normalizer=100)
+    total = out.ce + 0.7 * out.consistency + 0.3 * out.diversity + 0.9 * out.svd
+    assert out.loss.item() == pytest.approx(total.item(), rel=1e-12)
+    mean, _ = run(hidden, teacher, weight, labels, ALL_TERMS, impl)
+    assert out.svd.item() == pytest.approx(mean.svd.item() * 24 / 100, rel=1e-6)
+
+
+def test_the_gradient_is_scaled_in_the_backward():
+    hidden, teacher, weight, labels = problem(9, 8, 30)
+    hidden.requires_grad_()
+    out = F.linear_objective(hidden, teacher, LinearHead(weight), labels, ALL_TERMS, impl="streaming")
+    (once,) = torch.autograd.grad(out.loss, hidden, retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * out.loss, hidden)
+    torch.testing.assert_close(thrice, 3 * once)
+    assert not out.ce.requires_grad
+
+
+def test_a_float16_gradient_survives_a_loss_scale():
+    hidden, teacher, weight, labels = problem(16, 8, 30, dtype=torch.float16)
+    hidden.requires_grad_()
+    out = F.linear_objective(hidden, teacher, LinearHead(weight), labels, ALL_TERMS, normalizer=1e7, impl="streaming")
+    (grad,) = torch.autograd.grad(out.loss * 2.0**16, hidden)
+    _, exact = run(hidden.detach().double(), teacher.double(), weight.double(), labels, ALL_TERMS, "reference", 1e7)
+    torch.testing.assert_close(grad.double(), exact * 2.0**16, rtol=2e-3, atol=1e-6)
+
+
+def test_no_gradient_when_nobody_asks_and_none_to_the_teacher():
+    hidden, teacher, weight, labels = problem(9, 8, 30)
+    out = F.linear_objective(hidden, teacher.requires_grad_(), LinearHead(weight), labels, ALL_TERMS)
+    assert not out.loss.requires_grad
+
+
+def test_autocast_does_not_round_the_logits():
+    hidden, teacher, weight, labels = problem(30, 16, 50, dtype=torch.float32)
+    outside, grad = run(hidden, teacher, weight, labels, ALL_TERMS, "streaming")
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, grad_inside = run(hidden, teacher, weight, labels, ALL_TERMS, "streaming")
+    assert torch.equal(outside.loss, inside.loss)
+    assert torch.equal(grad, grad_inside)
+
+
+def test_the_gram_matrix_is_kept_until_the_weight_changes():
+    head = LinearHead(torch.randn(20, 4))
+    assert head.gram is head.gram
+    before = head.gram
+    head.weight.mul_(2)
+    torch.testing.assert_close(head.gram.gram, 4 * before.gram)
+
+
+BAD = {
+    "hidden shape": (dict(hidden=torch.zeros(4, 7)), ValueError, r"hidden: expected the shape \[N, 8\].*\[4, 7\]"),
+    "hidden type": (dict(hidden=torch.zeros(4, 8, dtype=torch.int64)), TypeError, "hidden: expected a floating-point"),
+    "hidden float64": (dict(hidden=torch.zeros(4, 8).double()), TypeError, "hidden: the head is torch.float32"),
+    "hidden not a tensor": (dict(hidden=[1.0]), TypeError, "hidden: expected a floating-point tensor, found .1.0"),
+    "hidden device": (
+        dict(hidden=torch.zeros(4, 8, device="meta")),
+        ValueError,
+        "hidden: expected the head's device cpu",
+    ),
+    "teacher shape": (dict(teacher_hidden=torch.zeros(3, 8)), ValueError, r"teacher_hidden: expected hidden's shape"),
+    "teacher type": (
+        dict(teacher_hidden=torch.zeros(4, 8).half()),
+        TypeError,
+        "teacher_hidden: expected hidden's type",
+    ),
+    "teacher device": (dict(teacher_hidden=torch.zeros(4, 8, device="meta")), ValueError, "teacher_hidden: .*device"),
+    "no teacher": (dict(teacher_hidden=None), ValueError, "teacher_hidden: lambda_consistency is 0.7"),
+    "labels type": (dict(labels=torch.zeros(4)), TypeError, "labels: expected whole numbers"),
+    "labels shape": (
+        dict(labels=torch.zeros(2, 2).long()),
+        ValueError,
+        r"labels: expected hidden's leading shape \[4\]",
+    ),
+    "labels device": (
+        dict(labels=torch.zeros(4, device="meta").long()),
+        ValueError,
+        "labels: expected hidden's device",
+    ),
+    "labels too large": (dict(labels=torch.tensor([0, 1, 20, 3])), ValueError, "labels: expected -100 or 0 to 19 .*20"),
+    "labels negative": (dict(labels=torch.tensor([0, -1, 2, 3])), ValueError, "labels: expected -100 or 0 to 19 .*-1"),
+    "head": (dict(head=torch.zeros(20, 8)), TypeError, "head: expected a LinearHead, found Tensor"),
+    "config": (dict(config={}), TypeError, "config: expected a BALoraConfig, found dict"),
+    "impl": (dict(impl="cuda"), ValueError, "impl: expected 'auto' or 'reference' or 'streaming' .*'cuda'"),
+    "impl that cannot run": (dict(impl="triton"), ValueError, "impl: 'triton' cannot run here: "),
+    "normalizer zero": (dict(normalizer=0), ValueError, "normalizer: expected a finite number above 0, found 0"),
+    "normalizer type": (dict(normalizer="3"), TypeError, "normalizer: expected a number"),
+    "normalizer shape": (dict(normalizer=torch.ones(2)), ValueError, "normalizer: expected one number"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_names_the_argument(case):
+    changes, error, message = BAD[case]
+    arguments = dict(
+        hidden=torch.zeros(4, 8),
+        teacher_hidden=torch.zeros(4, 8),
+        head=LinearHead(torch.zeros(20, 8)),
+        labels=torch.zeros(4, dtype=torch.int64),
+        config=ALL_TERMS,
+    )
+    with pytest.raises(error, match=message):
+        F.linear_objective(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    ("weight", "error"),
+    [(torch.zeros(3), ValueError), (torch.zeros(3, 0), ValueError), (torch.ones(2, 2).int(), TypeError)],
+)
+def test_a_bad_head_is_refused(weight, error):
+    with pytest.raises(error, match="weight: expected"):
+        LinearHead(weight)
+
+
+def test_a_trained_head_is_refused_by_name():
+    hidden, teacher, weight, labels = problem(4, 8, 20)
+    with pytest.raises(ValueError, match="head: a head that is trained"):
+        run(hidden, teacher, weight.requires_grad_(), labels, ALL_TERMS, "streaming")
+
+
+def test_the_environment_chooses_for_auto_only(monkeypatch):
+    inputs = problem(4, 8, 20)
+    monkeypatch.setenv("BALORA_IMPL", "nonsense")
+    with pytest.raises(ValueError, match="BALORA_IMPL: expected 'reference' or .*'nonsense'"):
+        run(*inputs, BALoraConfig(), "auto")
+    run(*inputs, BALoraConfig(), "streaming")

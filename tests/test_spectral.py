@@ -1,0 +1,69 @@
+"""The [d, d] form of the SVD term against singular values of the materialized logits."""
+
+import pytest
+import torch
+
+from balora import spectral
+
+
+def exact(hidden, weight, rank):
+    hidden = hidden.double().requires_grad_()
+    z = hidden @ weight.double().T
+    value = -torch.linalg.svdvals(z)[:rank].sum() / torch.linalg.matrix_norm(z)
+    value.backward()
+    return value.detach(), hidden.grad
+
+
+def draw(n, d, vocab, decay, seed=0):
+    """Hidden states whose spectrum falls like i^(−decay)."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, d, generator=g) * torch.arange(1, d + 1).float() ** -decay
+    return hidden, torch.randn(vocab, d, generator=g)
+
+
+@pytest.mark.parametrize(("n", "d", "vocab"), [(50, 24, 300), (5, 24, 300), (50, 24, 7), (1, 24, 300), (40, 1, 9)])
+@pytest.mark.parametrize("decay", [0.0, 2.0])
+def test_small_hidden_sizes_are_exact(n, d, vocab, decay):
+    hidden, weight = draw(n, d, vocab, decay)
+    rank = min(3, n, d, vocab)
+    value, grad = spectral.svd_ratio(hidden, spectral.head_gram(weight), rank, vocab, need_grad=True)
+    want, want_grad = exact(hidden, weight, rank)
+    assert value.item() == pytest.approx(want.item(), rel=1e-7)
+    torch.testing.assert_close(grad, want_grad, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(("decay", "tolerance"), [(0.0, 1e-8), (0.5, 1e-9), (1.0, 1e-9)])
+def test_krylov_above_512(decay, tolerance):
+    hidden, weight = draw(700, 640, 900, decay)
+    value, grad = spectral.svd_ratio(hidden, spectral.head_gram(weight), 10, 900, need_grad=True)
+    want, want_grad = exact(hidden, weight, 10)
+    assert value.item() == pytest.approx(want.item(), rel=tolerance)
+    assert value.item() >= want.item() - 1e-9  # a Ritz value never exceeds the singular value
+    assert torch.equal(value, spectral.svd_ratio(hidden, spectral.head_gram(weight), 10, 900, need_grad=False)[0])
+    assert (grad - want_grad).norm() / want_grad.norm() < 1e-4
+
+
+def test_rank_above_what_the_batch_has_is_clamped_and_rank_deficient_batches_have_a_finite_gradient():
+    hidden, weight = draw(6, 16, 40, 0.0)
+    hidden[3:] = hidden[:3]  # rank 3
+    value, grad = spectral.svd_ratio(hidden, spectral.head_gram(weight), 99, 40, need_grad=True)
+    assert value.item() == pytest.approx(exact(hidden, weight, 99)[0].item(), rel=1e-6)
+    assert grad.isfinite().all()
+    assert grad.abs().max() < 10 * exact(hidden, weight, 3)[1].abs().max()
+
+
+def test_a_repeated_or_zero_column_of_the_head():
+    hidden, weight = draw(20, 8, 30, 0.0)
+    weight[:, 3] = weight[:, 2]
+    weight[:, 5] = 0
+    value, _ = spectral.svd_ratio(hidden, spectral.head_gram(weight), 4, 30, need_grad=False)
+    assert value.item() == pytest.approx(exact(hidden, weight, 4)[0].item(), rel=1e-7)
+
+
+def test_real_logits(stories15m):
+    from safetensors.torch import load_file
+
+    weight = load_file(stories15m / "model.safetensors")["model.embed_tokens.weight"]
+    hidden = weight[torch.randint(32000, (400,), generator=torch.Generator().manual_seed(0))].float() * 5
+    value, _ = spectral.svd_ratio(hidden, spectral.head_gram(weight), 10, 32000, need_grad=False)
+    assert value.item() == pytest.approx(exact(hidden, weight, 10)[0].item(), rel=1e-7)
