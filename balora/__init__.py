@@ -4,9 +4,16 @@
 ``attach``, ``teacher``, ...) needs transformers and peft, imported where they are used.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import functional
 from .config import BALoraConfig
 from .functional import BALoraOutput, LinearHead
+
+if TYPE_CHECKING:
+    from .modeling import attach, detach, set_progress
+    from .pissa import export_lora, get_pissa_model, teacher
 
 __version__ = "0.1.0"
 
@@ -14,5 +21,42 @@ __all__ = [
     "BALoraConfig",
     "BALoraOutput",
     "LinearHead",
+    "attach",
+    "detach",
+    "export_lora",
     "functional",
+    "get_pissa_model",
+    "set_progress",
+    "teacher",
 ]
+
+_LAZY = {
+    "attach": "modeling",
+    "detach": "modeling",
+    "set_progress": "modeling",
+    "export_lora": "pissa",
+    "get_pissa_model": "pissa",
+    "teacher": "pissa",
+    "trainer": None,
+}
+_PACKAGES = {"yaml": "pyyaml"}  # packages whose name is not that of their module
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'balora' has no attribute {name!r}")
+    module = _import(_LAZY[name] or name)
+    return getattr(module, name) if _LAZY[name] else module
+
+
+def _import(module: str) -> Any:
+    """The module of balora of that name; where a package that it needs is missing, the command that installs it."""
+    try:
+        return importlib.import_module(f".{module}", __name__)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", __name__):
+            raise
+        raise ImportError(
+            f"balora.{module} needs {package}, which is not installed: pip install {_PACKAGES.get(package, package)}"
+        ) from error

@@ -67,3 +67,36 @@ def stories15m() -> Path:
     if not path.is_dir():
         pytest.skip(f"the real model is not at {path}; BALORA_SHARED names another folder that holds models/stories15M")
     return path
+
+
+def tiny_llama(*, tied=False, dtype=torch.float32, seed=0, **changes):
+    """A random Llama of 2 layers, d 32, V 97."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    shape |= dict(num_key_value_heads=2, vocab_size=97, max_position_embeddings=64, tie_word_embeddings=tied)
+    return LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).to(dtype)
+
+
+def batch(vocab=97, rows=3, length=12, seed=0):
+    """Token ids with a padded tail and a masked prompt."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, vocab, (rows, length), generator=g)
+    mask = torch.ones_like(ids)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    mask[0, -3:] = 0
+    labels[0, -3:] = -100
+    return dict(input_ids=ids, attention_mask=mask, labels=labels)
+
+
+def train_a_little(model, steps=4, lr=1e-2, **forward):
+    """A few AdamW steps on one batch."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**batch(), **forward).loss.backward()
+        optimizer.step()
+    optimizer.zero_grad()

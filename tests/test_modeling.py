@@ -1,0 +1,284 @@
+"""attach: the loss of the attached forward is the plain objective, and nothing stays behind."""
+
+import copy
+import inspect
+import warnings
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as nnF
+
+import balora
+from balora import BALoraConfig, LinearHead
+from balora import functional as F
+
+from .conftest import batch, tiny_llama, train_a_little
+
+CONFIG = BALoraConfig(
+    lambda_consistency=0.5,
+    lambda_diversity=0.3,
+    lambda_svd=0.4,
+    entropy_top_k=5,
+    svd_rank=3,
+    consistency_schedule="constant",
+    focus_schedule="constant",
+)
+
+
+def attached(config=CONFIG, steps=3, **options):
+    """An attached model that has left its starting point."""
+    model = balora.get_pissa_model(tiny_llama(**options), r=4)
+    train_a_little(model, steps)
+    return balora.attach(model, config).train()
+
+
+def plain_objective(model, inputs, config=CONFIG, normalizer=None):
+    """The same loss by hand: two decoder passes, shifted labels, the reference."""
+    base = model.get_base_model()
+    decoder = base.get_decoder()
+    tokens = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+    with torch.no_grad(), balora.teacher(model):
+        teacher_hidden = decoder(**tokens).last_hidden_state[:, :-1]
+    hidden = decoder(**tokens).last_hidden_state[:, :-1]
+    head = LinearHead(base.get_output_embeddings().weight)
+    labels = inputs["labels"][:, 1:]
+    return F.linear_objective(hidden, teacher_hidden, head, labels, config, normalizer=normalizer, impl="reference")
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("normalizer", [None, 50, torch.tensor(50)])
+def test_loss_and_gradients_are_the_plain_objective(tied, normalizer):
+    model = attached(tied=tied)
+    inputs = batch()
+    extra = {} if normalizer is None else {"num_items_in_batch": normalizer}
+    model(**inputs, **extra).loss.backward()
+    found, found_grad = model.balora_last, gradients(model)
+    model.zero_grad()
+    exact = plain_objective(model, inputs, normalizer=normalizer)
+    exact.loss.backward()
+    for name, a, b in zip(exact._fields, found, exact, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-6, msg=name)
+    assert found_grad.keys() == gradients(model).keys()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(found_grad[name], grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    model = attached()
+    model(**batch()).loss.backward()
+    exact = gradients(model)
+    model.zero_grad()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model(**batch()).loss.backward()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, exact[name], msg=name)
+
+
+def test_cross_entropy_alone_is_the_models_own_loss():
+    model = attached(BALoraConfig(lambda_consistency=0, lambda_diversity=0, lambda_svd=0))
+    inputs = batch()
+    ours = model(**inputs)
+    assert ours.logits is None
+    assert model.balora_last.consistency is None
+    model.eval()
+    theirs = model(**inputs)
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    assert theirs.logits.shape == (3, 12, 97)
+
+
+def test_consistency_is_exactly_zero_at_step_0():
+    for dropout in (0.0, 0.5):
+        model = balora.get_pissa_model(tiny_llama(dtype=torch.bfloat16), r=4, lora_dropout=dropout)
+        balora.attach(model, CONFIG).train()
+        model(**batch())
+        assert model.balora_last.consistency.item() == 0.0
+
+
+def test_eval_mode_is_the_model_itself_and_generate_works():
+    model = attached()
+    inputs = batch()
+    found = model.eval()(**inputs)
+    tokens = model.generate(input_ids=inputs["input_ids"][:1], max_new_tokens=4, do_sample=False)
+    balora.detach(model)
+    exact = model.eval()(**inputs)
+    assert torch.equal(found.logits, exact.logits)
+    assert torch.equal(found.loss, exact.loss)
+    assert torch.equal(tokens, model.generate(input_ids=inputs["input_ids"][:1], max_new_tokens=4, do_sample=False))
+
+
+def test_training_without_labels_raises_but_not_without_gradients():
+    model = attached()
+    inputs = batch()
+    del inputs["labels"]
+    with pytest.raises(ValueError, match="labels: a model attached to BA-LoRA needs labels in training, found None"):
+        model(**inputs)
+    with torch.no_grad():
+        assert model(**inputs).logits is not None
+
+
+def test_shift_labels_are_used_as_they_are():
+    model = attached()
+    inputs = batch()
+    shifted = nnF.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+    exact = model(**inputs).loss
+    del inputs["labels"]
+    torch.testing.assert_close(model(**inputs, shift_labels=shifted).loss, exact)
+
+
+def test_positional_arguments_and_tuples():
+    model = attached()
+    inputs = batch()
+    base = model.get_base_model()
+    exact = model(**inputs).loss
+    torch.testing.assert_close(base(inputs["input_ids"], inputs["attention_mask"], labels=inputs["labels"]).loss, exact)
+    torch.testing.assert_close(model(**inputs, return_dict=False)[0], exact)
+
+
+def test_a_batch_without_a_valid_token_is_a_connected_zero():
+    model = attached()
+    inputs = batch()
+    inputs["labels"][:] = -100
+    for count in (None, torch.tensor(0)):
+        loss = model(**inputs, num_items_in_batch=count).loss
+        loss.backward()
+        assert loss.item() == 0
+        assert all(not g.any() for g in gradients(model).values())
+
+
+def test_what_is_kept_does_not_hold_the_graph():
+    model = attached()
+    model(**batch())
+    assert not any(t.requires_grad for t in model.balora_last)
+
+
+def test_schedules_follow_set_progress():
+    config = BALoraConfig(lambda_consistency=1.0, lambda_diversity=1.0, lambda_svd=1.0)
+    model = attached(config)
+    with pytest.warns(UserWarning, match="until balora.set_progress"):
+        model(**batch())
+    assert model._balora.lambdas == (1.0, 1.0, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        balora.set_progress(model, 1, 100)
+        model(**batch())
+    assert model.balora_last.diversity is None
+    assert model.balora_last.svd is None
+    balora.set_progress(model, 100, 100)
+    model(**batch())
+    assert model._balora.lambdas == pytest.approx((0.1, 1.0, 1.0))
+    last = model.balora_last
+    total = last.ce + 0.1 * last.consistency + last.diversity + last.svd
+    assert last.loss.item() == pytest.approx(total.item(), rel=1e-5)
+
+
+def test_detach_leaves_nothing():
+    model = balora.get_pissa_model(tiny_llama(), r=4)
+    base = model.get_base_model()
+    before = set(base.__dict__), inspect.signature(base.forward)
+    balora.attach(model, CONFIG)
+    assert inspect.signature(base.forward) == before[1]
+    balora.detach(model)
+    assert (set(base.__dict__), inspect.signature(base.forward)) == before
+    balora.attach(model, CONFIG)
+
+
+def test_a_forward_that_someone_else_set_is_called_and_comes_back():
+    model = balora.get_pissa_model(tiny_llama(), r=4)
+    base = model.get_base_model()
+    calls = []
+    own = base.forward
+
+    def logged(*args, **kwargs):
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    base.forward = logged
+    balora.attach(model, CONFIG)
+    model.eval()(**batch())
+    assert calls
+    balora.detach(model)
+    assert base.forward is logged
+
+
+def test_a_deep_copy_is_attached_to_itself():
+    model = attached()
+    twin = copy.deepcopy(model)
+    for p in twin.parameters():
+        if p.requires_grad:
+            p.data.zero_()
+    a, b = model(**batch()).loss, twin(**batch()).loss
+    assert a.item() != b.item()
+    assert twin.get_base_model()._balora.head.weight is twin.get_base_model().get_output_embeddings().weight
+
+
+def test_ordinary_lora_can_be_attached():
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    balora.attach(model, CONFIG).train()
+    model(**batch()).loss.backward()
+    assert model.balora_last.consistency.item() == 0.0
+
+
+def bad_models():
+    lora = dict(target_modules=["q_proj"])
+    yield "not peft", tiny_llama(), TypeError, "peft_model: expected a peft.PeftModel, found LlamaForCausalLM"
+    for name, options, message in [
+        ("rewrites the base", dict(init_lora_weights="pissa"), "init_lora_weights='pissa' changes the base weights"),
+        (
+            "adapter on the head",
+            dict(target_modules=["lm_head"]),
+            "peft_model: expected a plain linear head, found Linear",
+        ),
+        ("trained head", dict(modules_to_save=["lm_head"]), "peft_model: expected a plain linear head, found Modules"),
+    ]:
+        yield name, peft.get_peft_model(tiny_llama(), peft.LoraConfig(**{**lora, **options})), ValueError, message
+    scaled = tiny_llama()
+    scaled.config.logits_scaling = 8.0
+    yield (
+        "scale",
+        peft.get_peft_model(scaled, peft.LoraConfig(**lora)),
+        ValueError,
+        "logits_scaling=8.0 is not supported",
+    )
+    biased = tiny_llama()
+    biased.lm_head = torch.nn.Linear(32, 97)
+    yield "bias", peft.get_peft_model(biased, peft.LoraConfig(**lora)), ValueError, "head with a bias is not supported"
+    odd = tiny_llama()
+    odd.lm_head.register_forward_hook(lambda m, i, o: o.tanh())
+    yield "not linear", peft.get_peft_model(odd, peft.LoraConfig(**lora)), ValueError, "are not hidden · weight"
+
+
+BAD = {case[0]: case[1:] for case in bad_models()}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_model_that_does_not_fit_is_refused_and_not_half_patched(case):
+    model, error, message = BAD[case]
+    before = {id(m): set(m.__dict__) for m in model.modules()}
+    with pytest.raises(error, match=message):
+        balora.attach(model, CONFIG)
+    assert {id(m): set(m.__dict__) for m in model.modules()} == before
+
+
+def test_misuse_is_named():
+    model = balora.get_pissa_model(tiny_llama(), r=4)
+    with pytest.raises(TypeError, match="config: expected a BALoraConfig, found dict"):
+        balora.attach(model, {})
+    for call in (lambda: balora.detach(model), lambda: balora.set_progress(model, 0, 1)):
+        with pytest.raises(ValueError, match="it is not attached; call balora.attach"):
+            call()
+    balora.attach(model, CONFIG)
+    with pytest.raises(ValueError, match="attached already"):
+        balora.attach(model, CONFIG)
+    with pytest.raises(ValueError, match="step, max_steps: expected"):
+        balora.set_progress(model, -1, 10)
+    with pytest.raises(TypeError, match="max_steps: expected a whole number, found '10'"):
+        balora.set_progress(model, 1, "10")
+    with pytest.raises(ValueError, match="labels: expected -100 or 0 to 96 .*, found 97"):
+        model.train()(**{**batch(), "labels": torch.full((3, 12), 97)})

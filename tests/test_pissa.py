@@ -1,0 +1,245 @@
+"""PiSSA as an offset: same bits at the start, an exact teacher, only A and B trained, a LoRA that stands alone."""
+
+import contextlib
+import gc
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import balora
+from balora.pissa import OffsetVariant
+
+from .conftest import batch, tiny_llama, train_a_little
+
+MODES = ["float32", "bfloat16", "autocast", "float64"]
+
+
+def make(mode="float32", r=4, base=None, **options):
+    """(a PiSSA model, the logits of the base model before it was wrapped, a context to call it in)."""
+    dtype = torch.float32 if mode == "autocast" else getattr(torch, mode)
+    context = (lambda: torch.autocast("cpu", torch.bfloat16)) if mode == "autocast" else contextlib.nullcontext
+    base = tiny_llama(dtype=dtype) if base is None else base.to(dtype)
+    with context():
+        before = logits(base)
+    return balora.get_pissa_model(base, r=r, lora_alpha=2 * r, **options), before, context
+
+
+def logits(model):
+    inputs = batch()
+    del inputs["labels"]
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("mode", MODES)
+def test_same_bits_at_step_0(mode, dropout):
+    model, before, context = make(mode, lora_dropout=dropout)
+    model.train()
+    with context():
+        assert torch.equal(logits(model), before)
+        with balora.teacher(model):
+            assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_teacher_is_exact_after_training(mode):
+    model, before, context = make(mode, lora_dropout=0.1)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    with context():
+        train_a_little(model)
+    with context():  # a new block: autocast keeps its rounded copies of the weights within one
+        assert not torch.equal(logits(model), before)
+        with balora.teacher(model):
+            assert torch.equal(logits(model), before)
+    for name, p in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(p, frozen[name]), name
+
+
+def test_the_adapters_start_at_the_principal_part():
+    model, *_ = make("float64")
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    u, s, vh = torch.linalg.svd(layer.base_layer.weight)
+    principal = u[:, :4] @ torch.diag(s[:4]) @ vh[:4]
+    b, a = layer.lora_B.default.weight, layer.lora_A.default.weight
+    torch.testing.assert_close(b @ a * layer.scaling["default"], principal, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(a @ a.T * 2, torch.diag(s[:4]), rtol=1e-5, atol=1e-6)
+
+
+def test_the_forward_is_the_equation():
+    model, *_ = make("float64")
+    train_a_little(model)
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj
+    x = torch.randn(5, 32, dtype=torch.float64)
+    change = layer.lora_B.default.weight @ layer.lora_A.default.weight
+    change = change - layer.lora_offset_B.default @ layer.lora_offset_A.default
+    torch.testing.assert_close(layer(x), x @ (layer.base_layer.weight + 2 * change).T)
+
+
+def trainable(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_nothing_but_a_and_b_is_trainable_at_any_time(tmp_path):
+    model, *_ = make()
+    expected = {n for n, _ in model.named_parameters() if ".lora_A." in n or ".lora_B." in n}
+    assert trainable(model) == expected
+    assert len(expected) == 2 * 2 * 7
+    with balora.teacher(model):
+        assert trainable(model) == expected
+    assert trainable(model) == expected
+    balora.attach(model, balora.BALoraConfig())
+    train_a_little(model)
+    assert trainable(model) == expected
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    model.set_adapter("default")
+    assert trainable(model) == expected
+    balora.detach(model)
+    assert trainable(model) == expected
+
+
+def test_teacher_restores_every_flag_also_after_an_error():
+    model, *_ = make(lora_dropout=0.5)
+    model.train()
+    model.base_model.model.model.layers[0].eval()  # a user's choice
+    before = [m.training for m in model.modules()]
+    with contextlib.suppress(RuntimeError), balora.teacher(model):
+        assert not any(m.training for m in model.modules())
+        raise RuntimeError
+    assert [m.training for m in model.modules()] == before
+    assert not any(getattr(m, "_disable_adapters", False) for m in model.modules())
+
+
+def test_teacher_refuses_merged_weights_and_merging_is_the_trained_model():
+    model, before, _ = make("float64")
+    train_a_little(model)
+    trained = logits(model)
+    for safe in (False, True):
+        model.merge_adapter(safe_merge=safe)
+        torch.testing.assert_close(logits(model), trained)
+        with pytest.raises(ValueError, match="model: the adapters are merged"), balora.teacher(model):
+            pass
+        model.unmerge_adapter()
+        torch.testing.assert_close(logits(model), trained)
+        with balora.teacher(model):
+            torch.testing.assert_close(logits(model), before)
+    torch.testing.assert_close(logits(model.merge_and_unload()), trained)
+
+
+def test_an_adapter_that_is_saved_and_loaded_is_the_same_bits(tmp_path):
+    model, before, _ = make("bfloat16")
+    train_a_little(model)
+    model.save_pretrained(tmp_path)
+    # other frozen factors, as another machine's SVD would give: those of the checkpoint win
+    again = balora.get_pissa_model(tiny_llama(dtype=torch.bfloat16), r=4, lora_alpha=8)
+    for module in again.modules():
+        if hasattr(module, "lora_offset_A"):
+            module.lora_offset_A.default.mul_(1.5)
+    again.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(logits(again), logits(model))
+    with balora.teacher(again):
+        assert torch.equal(logits(again), before)
+
+
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "float64"])
+def test_the_exported_lora_loads_with_peft_alone(mode, tmp_path):
+    model, before, _ = make(mode)
+    train_a_little(model, steps=20)
+    trained = logits(model)
+    balora.export_lora(model, tmp_path / "lora")
+    assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    alone = peft.PeftModel.from_pretrained(tiny_llama(dtype=trained.dtype), tmp_path / "lora")
+    assert not any(
+        isinstance(v, OffsetVariant) for m in alone.modules() for v in getattr(m, "lora_variant", {}).values()
+    )
+    eps = torch.finfo(trained.dtype).eps
+    change = (trained - before).abs().max()
+    assert change > 50 * eps * trained.abs().max()
+    assert (logits(alone) - trained).abs().max() <= 8 * eps * trained.abs().max()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(use_rslora=True),
+        dict(rank_pattern={"q_proj": 2, "v_proj": 7}, alpha_pattern={"q_proj": 3, "up_proj": 5}),
+        dict(r=16, target_modules=["k_proj", "down_proj"]),  # k_proj has 16 rows: narrower than 2r
+    ],
+    ids=["rslora", "patterns", "narrow"],
+)
+def test_the_export_keeps_every_scaling(options, tmp_path):
+    model = balora.get_pissa_model(tiny_llama(dtype=torch.float64), **{"r": 4, "lora_alpha": 5, **options})
+    train_a_little(model)
+    balora.export_lora(model, tmp_path)
+    alone = peft.PeftModel.from_pretrained(tiny_llama(dtype=torch.float64), tmp_path)
+    torch.testing.assert_close(logits(alone), logits(model), rtol=1e-6, atol=1e-6)
+
+
+def test_the_real_llama(stories15m, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(stories15m)
+    model, before, _ = make("bfloat16", r=16, base=base)
+    model.train()
+    assert torch.equal(logits(model), before)
+    balora.attach(model, balora.BALoraConfig(focus_schedule="constant"))
+    train_a_little(model, lr=1e-3)
+    assert model.balora_last.consistency > 0
+    balora.detach(model)
+    model.eval()
+    with balora.teacher(model):
+        assert torch.equal(logits(model), before)
+    balora.export_lora(model, tmp_path)
+    alone = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stories15m), tmp_path)
+    trained = logits(model)
+    assert (trained - before).abs().max() > 0.5
+    assert (logits(alone) - trained).abs().max() <= 8 * torch.finfo(torch.bfloat16).eps * trained.abs().max()
+
+
+BAD = {
+    "r zero": (dict(r=0), ValueError, "r: expected at least 1, found 0"),
+    "r float": (dict(r=4.0), TypeError, "r: expected a whole number, found 4.0"),
+    "r too large": (dict(r=17), ValueError, "r: expected at most 16, the smaller side of .*k_proj, found 17"),
+    "alpha": (dict(r=2, lora_alpha=-1), ValueError, "lora_alpha: expected a finite number above 0, found -1"),
+    "form": (dict(r=2, form="residual"), ValueError, "form: expected 'offset', found 'residual'"),
+    "option": (dict(r=2, use_dora=True), ValueError, "lora_config: use_dora cannot be used here"),
+    "no such layer": (dict(r=2, target_modules=["query"]), ValueError, "query"),
+    "not linear": (
+        dict(r=2, target_modules=["embed_tokens"]),
+        ValueError,
+        "target_modules: expected nn.Linear.*Embedding",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_leaves_the_model_as_it_was(case):
+    options, error, message = BAD[case]
+    base = tiny_llama()
+    before, names = logits(base), [n for n, _ in base.named_modules()]
+    with pytest.raises(error, match=message):
+        balora.get_pissa_model(base, **options)
+    gc.collect()
+    assert torch.equal(logits(base), before)
+    assert [n for n, _ in base.named_modules()] == names
+    assert all(p.requires_grad for p in base.parameters())
+    balora.get_pissa_model(base, r=2)
+
+
+def test_a_model_that_has_adapters_or_no_known_layer_is_refused():
+    model, *_ = make()
+    with pytest.raises(ValueError, match="model: expected a model without adapters"):
+        balora.get_pissa_model(model, r=2)
+    with pytest.raises(ValueError, match=r"target_modules: None stands for q_proj.*name its layers, of 0"):
+        balora.get_pissa_model(torch.nn.Sequential(torch.nn.Linear(3, 3)), r=2)
+    with pytest.raises(TypeError, match="peft_model: expected a peft.PeftModel, found LlamaForCausalLM"):
+        balora.export_lora(tiny_llama(), "nowhere")
+
+
+def test_meta_weights_are_refused():
+    with torch.device("meta"):
+        base = tiny_llama()
+    with pytest.raises(ValueError, match="found the meta device"):
+        balora.get_pissa_model(base, r=2)
