@@ -100,3 +100,31 @@ def train_a_little(model, steps=4, lr=1e-2, **forward):
         model(**batch(), **forward).loss.backward()
         optimizer.step()
     optimizer.zero_grad()
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tiny_tokenizer(template=None):
+    """A byte-level tokenizer without merges: a token a byte, one special end-of-text token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    fast.chat_template = template
+    return fast
+
+
+def tiny_checkpoint(folder, template=None, **changes) -> Path:
+    """A folder with a random Llama and its tokenizer, as ``--model`` takes it."""
+    tokenizer = tiny_tokenizer(template)
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256, **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,116 @@
+"""The command line: argument parsing, no logic."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from typing import Any
+
+from . import __version__, _import
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``balora train …``; returns the exit status: 0, or 2 for arguments or data that do not fit."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="balora", description="BA-LoRA fine-tuning: output regularizers without the [tokens, vocabulary] tensors."
+    )
+    parser.add_argument("--version", action="version", version=f"balora {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands.add_parser("train", add_help=False, help="fine-tune a model; `balora train --help` lists every option")
+    parser.parse_args(argv[:1])
+    return _train(argv[1:])
+
+
+def _train(argv: list[str]) -> int:
+    try:
+        trainer = _import("trainer")
+        asked, parsed = _train_arguments(trainer, argv)
+        ready = trainer.setup(*parsed, recipe=asked)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"balora train: error: {error}", file=sys.stderr)
+        return 2
+    trainer.train(*ready)
+    return 0
+
+
+def _train_arguments(trainer: Any, argv: list[str]) -> tuple[dict[str, Any], tuple]:
+    """What the user asked for, by name, and the three argument objects made of it."""
+    from transformers import HfArgumentParser
+
+    from .config import BALoraConfig
+
+    parser = HfArgumentParser(
+        (trainer.RunArguments, BALoraConfig, trainer.TrainingArguments),
+        prog="balora train",
+        usage="balora train --model DIR_OR_NAME --data FILE --output_dir DIR [options]\n"
+        "       balora train recipe.yaml [options]",
+        description="Fine-tune a causal language model with PiSSA adapters and the BA-LoRA objective. A recipe is a "
+        "YAML file of the same options; options on the command line win. The trained LoRA goes to OUTPUT_DIR/lora.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(**trainer.TRAINING_DEFAULTS)
+    for action in parser._actions:
+        action.required |= action.dest == "output_dir"  # not a default folder of somebody else's name
+    known = {option for action in parser._actions for option in action.option_strings}
+    asked: dict[str, Any] = {}
+    if argv and not argv[0].startswith("-"):
+        asked = _read_recipe(argv[0], known)
+        argv = argv[1:]
+    *parsed, rest = parser.parse_args_into_dataclasses(
+        [*_as_arguments(asked), *argv], return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        raise ValueError(f"unknown argument {rest[0]}{_did_you_mean(rest[0], known)}")
+    given = {a.dest for a in parser._actions if any(o in known and _given(o, argv) for o in a.option_strings)}
+    values = {k: v for part in parsed for k, v in vars(part).items()}
+    asked.update({name: _plain(values[name]) for name in values if name in given})
+    asked.pop("resume_from_checkpoint", None)  # said of one start, not of the run
+    return asked, tuple(parsed)
+
+
+def _read_recipe(path: str, known: set[str]) -> dict[str, Any]:
+    import yaml
+
+    with open(path, encoding="utf-8") as file:
+        try:
+            recipe = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: expected YAML, found {str(error).splitlines()[0]}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path}: expected a mapping of option names to values, found {type(recipe).__name__}")
+    for name in recipe:
+        if f"--{name}" not in known:
+            raise ValueError(f"{path}: unknown option {name!r}{_did_you_mean(f'--{name}', known)}")
+    return recipe
+
+
+def _as_arguments(options: dict[str, Any]) -> list[str]:
+    arguments: list[str] = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        arguments += [f"--{name}", *(json.dumps(v) if isinstance(v, (dict, bool)) else str(v) for v in values)]
+    return arguments
+
+
+def _did_you_mean(option: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(option, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _given(option: str, argv: list[str]) -> bool:
+    return any(a == option or a.startswith(f"{option}=") for a in argv)
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML can hold it: enumerations by their value."""
+    value = getattr(value, "value", value)
+    return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""BA-LoRA under Hugging Face's Trainer: progress for the schedules, every term in the logs, and ``balora train``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from . import data
+from .config import BALoraConfig
+from .modeling import attach, attachment, set_progress
+from .pissa import export_lora, get_pissa_model
+
+_TERMS = ("ce", "consistency", "diversity", "svd")
+
+
+class BALoraCallback(TrainerCallback):
+    """Tells an attached model how far training is, and adds its loss terms and λ to the logs.
+
+    Logged beside ``loss``: ce, consistency, diversity and svd (unweighted, means over the optimizer steps since the
+    last log; a term whose λ is 0 is left out) and lambda_consistency, lambda_diversity, lambda_svd (those of the last
+    step). The terms stay on the device until a log, so a step costs no host synchronization.
+
+    Reporting callbacks that come before this one in the Trainer's list do not see what it adds: use ``BALoraMixin``,
+    which puts it first.
+    """
+
+    def __init__(self) -> None:
+        self._step: dict[str, torch.Tensor] = {}  # sums over the micro-batches of the running step
+        self._micro_batches = 0
+        self._since_log: dict[str, tuple[torch.Tensor, int]] = {}  # sums over steps, number of steps
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        set_progress(model, state.global_step, state.max_steps)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        set_progress(model, state.global_step, state.max_steps)
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        last = attachment(model)[0].balora_last
+        self._micro_batches += 1
+        for name in _TERMS:
+            value = getattr(last, name)
+            if value is not None:
+                self._step[name] = self._step[name] + value if name in self._step else value
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.on_substep_end(args, state, control, model=model)
+        # Terms divided by the tokens of all micro-batches add up; means over a micro-batch are averaged.
+        share = 1 if attachment(model)[1].summed else self._micro_batches
+        for name, value in self._step.items():
+            total, steps = self._since_log.get(name, (torch.zeros_like(value), 0))
+            self._since_log[name] = (total + value / share, steps + 1)
+        self._step, self._micro_batches = {}, 0
+
+    def on_log(self, args, state, control, model=None, logs=None, **kwargs):
+        if not logs or "loss" not in logs:
+            return
+        added = {name: (total / steps).item() for name, (total, steps) in self._since_log.items()}
+        names = ("lambda_consistency", "lambda_diversity", "lambda_svd")
+        added.update(zip(names, attachment(model)[1].lambdas, strict=True))
+        self._since_log = {}
+        logs.update(added)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(added)
+
+
+class BALoraMixin:
+    """For a Trainer class: ``class MyTrainer(BALoraMixin, Trainer)`` has the callback in front of every reporter."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.callback_handler.callbacks.insert(0, BALoraCallback())  # type: ignore[attr-defined]
+
+
+class BALoraTrainer(BALoraMixin, Trainer):
+    """Hugging Face's Trainer for an attached model."""
+
+
+@dataclass
+class RunArguments:
+    """What ``balora train`` needs beside the objective and Hugging Face's TrainingArguments."""
+
+    model: str = field(metadata={"help": "folder or name of a pre-trained causal language model"})
+    data: str = field(
+        metadata={
+            "help": "JSONL file to train on, with the columns instruction (and input) / output, query / response, "
+            "question / answer, prompt / completion, or messages"
+        }
+    )
+    eval_data: str | None = field(default=None, metadata={"help": "JSONL file of the same kind, evaluated at the end"})
+    r: int = field(default=128, metadata={"help": "rank of the PiSSA adapters"})
+    lora_alpha: float = field(default=128, metadata={"help": "the adapters' scaling times their rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout in front of the adapters"})
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "layers to adapt; unset: q, k, v, o, gate, up and down projections"}
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "type of the base weights: auto (the checkpoint's), float32, bfloat16 or float16"},
+    )
+    max_length: int = field(default=512, metadata={"help": "rows are cut to this many tokens"})
+
+
+# The published settings where they differ from Hugging Face's (2025 paper, appendix), and a log that one can watch.
+TRAINING_DEFAULTS = {
+    "learning_rate": 2e-5,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "num_train_epochs": 1.0,
+    "logging_steps": 10,
+}
+RECIPE = "recipe.yaml"
+LORA = "lora"
+
+
+def setup(
+    run: RunArguments, config: BALoraConfig, training: TrainingArguments, recipe: dict[str, Any] | None = None
+) -> tuple[BALoraTrainer, str | None]:
+    """Read and check everything, build the model, and return the trainer and the checkpoint to go on from, if any.
+
+    ``recipe`` is what the user asked for; it is kept as ``recipe.yaml`` in the output folder.
+
+    Raises:
+        ValueError, TypeError, OSError: something does not fit; nothing has been trained or overwritten then.
+    """
+    if run.dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, found {run.dtype!r}")
+    if run.max_length < 2:
+        raise ValueError(f"max_length: expected at least 2 tokens, found {run.max_length}")
+    if not 0 <= run.lora_dropout < 1:
+        raise ValueError(f"lora_dropout: expected at least 0 and below 1, found {run.lora_dropout}")
+    if training.label_smoothing_factor != 0:
+        raise ValueError(
+            f"label_smoothing_factor: expected 0 (it takes the labels away from the objective), found "
+            f"{training.label_smoothing_factor}"
+        )
+    checkpoint = _checkpoint(training)
+    rows = data.read_jsonl(run.data)
+    eval_rows = data.read_jsonl(run.eval_data) if run.eval_data else None
+    tokenizer = AutoTokenizer.from_pretrained(run.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    train_set = data.tokenize(rows, tokenizer, run.max_length, run.data)
+    print(f"train: {train_set.summary()}", flush=True)
+    eval_set = None
+    if eval_rows:
+        eval_set = data.tokenize(eval_rows, tokenizer, run.max_length, str(run.eval_data))
+        print(f"eval:  {eval_set.summary()}", flush=True)
+    _check_vocabulary(run.model, [train_set, *([eval_set] if eval_set else [])])
+
+    set_seed(training.seed)
+    model = AutoModelForCausalLM.from_pretrained(run.model, dtype=run.dtype)
+    model = get_pissa_model(
+        model,
+        r=run.r,
+        lora_alpha=run.lora_alpha,
+        lora_dropout=run.lora_dropout,
+        target_modules=run.target_modules,
+    )
+    attach(model, config)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"model: {trained:,} trained parameters of {sum(p.numel() for p in model.parameters()):,}", flush=True)
+
+    training.dataloader_pin_memory = training.dataloader_pin_memory and torch.accelerator.is_available()
+    trainer = BALoraTrainer(
+        model=model,
+        args=training,
+        train_dataset=train_set.examples,
+        eval_dataset=eval_set.examples if eval_set else None,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=data.IGNORE_INDEX),
+        processing_class=tokenizer,
+    )
+    if recipe is not None:
+        Path(training.output_dir).mkdir(parents=True, exist_ok=True)
+        (Path(training.output_dir) / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    return trainer, checkpoint
+
+
+def train(trainer: BALoraTrainer, checkpoint: str | None) -> Path:
+    """Train, from ``checkpoint`` if there is one, and write the LoRA to ``<output_dir>/lora``; returns that folder."""
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    folder = Path(str(trainer.args.output_dir)) / LORA
+    if trainer.args.should_save:
+        export_lora(trainer.accelerator.unwrap_model(trainer.model), folder)
+        print(f"LoRA:  {folder} (load it with peft.PeftModel.from_pretrained; the checkpoints are for resuming only)")
+    return folder
+
+
+def _checkpoint(training: TrainingArguments) -> str | None:
+    """The checkpoint to resume from: the named one, or for ``true`` the last complete one of the output folder."""
+    folder = Path(str(training.output_dir))
+    found = sorted(folder.glob("checkpoint-*"), key=_step, reverse=True)
+    asked = training.resume_from_checkpoint
+    if asked is None or str(asked).lower() == "false":
+        if found:
+            raise ValueError(
+                f"output_dir: {folder} holds {found[0].name} of an earlier run; add --resume_from_checkpoint true to go "
+                "on from it, or name another folder"
+            )
+        return None
+    if str(asked).lower() != "true":
+        if not _complete(Path(asked)):
+            raise ValueError(f"resume_from_checkpoint: expected 'true' or a complete checkpoint, found {asked!r}")
+        return str(asked)
+    for path in found:
+        if _complete(path):
+            print(f"resume: from {path}", flush=True)
+            return str(path)
+        print(f"resume: {path} is incomplete (the run ended while it was written), looking further back", flush=True)
+    print(f"resume: no complete checkpoint in {folder}, starting from the beginning", flush=True)
+    return None
+
+
+def _step(path: Path) -> int:
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def _complete(path: Path) -> bool:
+    """The Trainer writes trainer_state.json last."""
+    try:
+        json.loads((path / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return (path / "adapter_model.safetensors").is_file()
+
+
+def _check_vocabulary(model: str, sets: list[data.Tokenized]) -> None:
+    vocab = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    highest = max(max(e["input_ids"]) for s in sets for e in s.examples)
+    if highest >= vocab:
+        raise ValueError(
+            f"model: the tokenizer of {model} gives token {highest}, but the model's vocabulary ends at {vocab - 1}"
+        )

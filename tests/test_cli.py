@@ -1,0 +1,135 @@
+"""The command line: flags, recipes, and errors before anything starts."""
+
+import json
+
+import peft
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from balora import cli
+
+from .conftest import TEMPLATE, tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    rows = [{"instruction": f"Count to {i}.", "output": "1 2 3"} for i in range(1, 9)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "bad.jsonl").write_text(json.dumps(rows[0]) + '\n{"instruction": "x"}')
+    tiny_checkpoint(folder / "model", TEMPLATE)
+    return folder
+
+
+def options(inputs, out, **changes):
+    values = dict(model=inputs / "model", data=inputs / "rows.jsonl", output_dir=out, r=4, max_steps=4)
+    values |= dict(per_device_train_batch_size=2, logging_steps=1, use_cpu=True, disable_tqdm=True)
+    return {k: str(v) if k in ("model", "data", "output_dir") else v for k, v in {**values, **changes}.items()}
+
+
+def flags(values):
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def test_train_by_flags(inputs, tmp_path, capsys):
+    out = tmp_path / "run"
+    values = options(inputs, out, eval_data=inputs / "rows.jsonl", lambda_svd=0.5, entropy_top_k=7)
+    assert cli.main(["train", *flags(values)]) == 0
+    printed = capsys.readouterr().out
+    assert "train: 8 rows," in printed
+    assert "eval:  8 rows," in printed
+    assert f"LoRA:  {out / 'lora'}" in printed
+    assert json.loads((out / "eval_results.json").read_text())["eval_loss"] > 0
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert history[-3]["lambda_svd"] == 0.5
+    assert {"ce", "consistency", "diversity", "svd", "lambda_consistency", "lambda_diversity"} <= history[-3].keys()
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(inputs / "model"), out / "lora")
+    assert model.peft_config["default"].r == 8
+
+
+def test_a_recipe_with_overrides_is_the_same_run_and_is_kept(inputs, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump(options(inputs, tmp_path / "a", learning_rate=1e-3, target_modules=["q_proj", "v_proj"]))
+    )
+    assert cli.main(["train", str(recipe), "--lambda_svd", "0.25", "--seed=7"]) == 0
+    kept = yaml.safe_load((tmp_path / "a" / "recipe.yaml").read_text())
+    assert kept["lambda_svd"] == 0.25
+    assert kept["seed"] == 7
+    assert kept["target_modules"] == ["q_proj", "v_proj"]
+    assert cli.main(["train", str(tmp_path / "a" / "recipe.yaml"), "--output_dir", str(tmp_path / "b")]) == 0
+    a, b = (torch.load(tmp_path / x / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"] for x in "ab")
+    assert all(torch.equal(a[k]["exp_avg"], b[k]["exp_avg"]) for k in a)
+
+
+def test_resuming_a_run_that_has_no_checkpoint_starts_it(inputs, tmp_path, capsys):
+    values = options(inputs, tmp_path / "run", save_strategy="no", resume_from_checkpoint="true")
+    assert cli.main(["train", *flags(values)]) == 0
+    assert "resume: no complete checkpoint" in capsys.readouterr().out
+    assert "resume_from_checkpoint" not in yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+
+
+BAD = {
+    "data": (dict(data="gone.jsonl"), "data: expected a JSONL file, found nothing at gone.jsonl"),
+    "row": (dict(data="BAD"), "bad.jsonl, line 2: expected the column 'output'"),
+    "model": (dict(model="no/such/folder/here"), "no/such/folder/here"),
+    "rank": (dict(r=40), "r: expected at most"),
+    "alpha": (dict(lora_alpha=0), "lora_alpha: expected a finite number above 0, found 0"),
+    "dropout": (dict(lora_dropout=1), "lora_dropout: expected at least 0 and below 1, found 1"),
+    "dtype": (dict(dtype="int8"), "dtype: expected auto, float32, bfloat16 or float16, found 'int8'"),
+    "max_length": (dict(max_length=1), "max_length: expected at least 2 tokens, found 1"),
+    "temperature": (dict(temperature=0), "temperature: expected a number above 0, found 0"),
+    "smoothing": (dict(label_smoothing_factor=0.1), "label_smoothing_factor: expected 0"),
+    "option": (dict(lambda_sdv=1), "unknown argument --lambda_sdv; did you mean --lambda_svd?"),
+    "target": (dict(target_modules="qqq"), "qqq"),
+    "checkpoint": (dict(resume_from_checkpoint="elsewhere"), "resume_from_checkpoint: expected 'true' or a complete"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_an_error_names_what_is_wrong_and_nothing_is_written(inputs, tmp_path, capsys, case):
+    changes, message = BAD[case]
+    values = options(inputs, tmp_path / "run", **changes)
+    if values["data"] == "BAD":
+        values["data"] = str(inputs / "bad.jsonl")
+    assert cli.main(["train", *flags(values)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_output_dir_and_bad_recipes(inputs, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    for text, message in [
+        ("model: x\nlamda_svd: 1", "recipe.yaml: unknown option 'lamda_svd'; did you mean --lambda_svd?"),
+        ("- a\n- b", "recipe.yaml: expected a mapping of option names to values, found list"),
+        ("a: [", "recipe.yaml: expected YAML, found"),
+    ]:
+        recipe.write_text(text)
+        assert cli.main(["train", str(recipe)]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["train", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+    values = options(inputs, "x")
+    del values["output_dir"]
+    with pytest.raises(SystemExit):
+        cli.main(["train", *flags(values)])
+    assert "required: --output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"), [(["--help"], "train"), (["--version"], "balora 0."), (["train", "--help"], "lambda_svd")]
+)
+def test_help(argv, text, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 0
+    assert text in capsys.readouterr().out
+
+
+def test_an_unknown_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["fly"])
+    assert caught.value.code == 2
+    assert "fly" in capsys.readouterr().err

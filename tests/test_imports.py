@@ -1,0 +1,131 @@
+"""What `import balora` needs, who imports whom, and that the folder kernels/ shadows nobody."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# The table of modules: what each may import beside the standard library.
+MAY_IMPORT = {
+    "__init__": {"balora.functional", "balora.config", "balora.modeling", "balora.pissa"},  # the last two: for types
+    "config": {"torch"},
+    "dispatch": {"torch"},
+    "reference": {"torch"},
+    "streaming": {"torch"},
+    "spectral": {"torch"},
+    "functional": {
+        "torch",
+        "balora.config",
+        "balora.dispatch",
+        "balora.reference",
+        "balora.spectral",
+        "balora.streaming",
+    },
+    "pissa": {"torch", "peft", "safetensors", "tqdm", "balora.spectral"},
+    "modeling": {"torch", "peft", "transformers", "balora.config", "balora.functional", "balora.pissa"},
+    "data": {"datasets", "transformers", "balora.functional"},
+    "trainer": {"torch", "transformers", "yaml", "balora.config", "balora.data", "balora.modeling", "balora.pissa"},
+    "cli": {"transformers", "yaml", "balora", "balora.config"},
+}
+
+
+def imports(path):
+    """The modules that a file of balora imports: its own by full name, others by their top level."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.partition(".")[0]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield f"balora.{node.module}"
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                is_module = (path.parent / f"{alias.name}.py").is_file()
+                yield f"balora.{alias.name}" if is_module else "balora"
+
+
+def test_every_module_imports_only_what_it_may():
+    found = {path.stem: set(imports(path)) - sys.stdlib_module_names for path in (ROOT / "balora").glob("*.py")}
+    assert found.keys() == MAY_IMPORT.keys()
+    for module, names in found.items():
+        assert names <= MAY_IMPORT[module], module
+
+
+def test_the_kernels_know_nothing_of_balora():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert set(imports(path)) - sys.stdlib_module_names <= {"torch", "triton", "balora_kernels"}, path
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+HIDE = "import sys\nfor name in {hidden}: sys.modules[name] = None\n"
+
+
+def test_import_balora_needs_only_torch():
+    hidden = ["triton", "peft", "transformers", "accelerate", "datasets", "matplotlib", "safetensors", "yaml", "tqdm"]
+    code = HIDE.format(hidden=hidden) + (
+        "import balora, torch\n"
+        "h = torch.randn(3, 4, requires_grad=True)\n"
+        "head, labels = balora.LinearHead(torch.randn(9, 4)), torch.tensor([1, 2, -100])\n"
+        "out = balora.functional.linear_objective(h, h, head, labels, balora.BALoraConfig())\n"
+        "out.loss.backward()\n"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("hidden", "use", "message"),
+    [
+        ("peft", "balora.attach", "balora.modeling needs peft, which is not installed: pip install peft"),
+        ("yaml", "balora.trainer", "balora.trainer needs yaml, which is not installed: pip install pyyaml"),
+    ],
+)
+def test_a_missing_package_gives_the_command_that_installs_it(hidden, use, message):
+    code = (
+        "import sys, importlib.abc\n"
+        "class Hide(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] == {hidden!r}: raise ModuleNotFoundError(name, name=name)\n"
+        f"sys.meta_path.insert(0, Hide())\nimport balora\n{use}\n"
+    )
+    result = python(code)
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_transformers_and_the_folder_kernels_get_along(installed):
+    """From the repository root, with and without Hugging Face's package of that name."""
+    environment = {}
+    if installed:
+        site = Path(sys.prefix) / "with-kernels"  # `make test` puts the package there, apart from the others
+        if not site.is_dir():
+            pytest.skip(f"Hugging Face's kernels is not in {site}; `make test` installs it there")
+        environment["PYTHONPATH"] = str(site)
+    code = (
+        "import transformers, balora\n"
+        "from transformers import LlamaForCausalLM\n"
+        "import kernels; print(kernels.__file__)\n"
+    )
+    result = python(code, **environment)
+    assert result.returncode == 0, result.stderr
+    assert ("with-kernels" in result.stdout) is installed
+
+
+def test_the_public_names_are_there():
+    import balora
+
+    for name in balora.__all__:
+        assert getattr(balora, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        balora.nonsense  # noqa: B018
