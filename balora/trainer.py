@@ -216,8 +216,8 @@ def _checkpoint(training: TrainingArguments) -> str | None:
     if asked is None or str(asked).lower() == "false":
         if found:
             raise ValueError(
-                f"output_dir: {folder} holds {found[0].name} of an earlier run; add --resume_from_checkpoint true to go "
-                "on from it, or name another folder"
+                f"output_dir: {folder} holds {found[0].name} of an earlier run; add --resume_from_checkpoint true to "
+                "go on from it, or name another folder"
             )
         return None
     if str(asked).lower() != "true":

