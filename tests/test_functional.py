@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balora import BALoraConfig, LinearHead, streaming
+from balora import LinearHead, streaming
 from balora import functional as F
 
 from .conftest import ALL_TERMS, assert_within_budget, only, problem, run
@@ -355,11 +355,3 @@ def test_a_trained_head_is_refused_by_name():
     hidden, teacher, weight, labels = problem(4, 8, 20)
     with pytest.raises(ValueError, match="head: a head that is trained"):
         run(hidden, teacher, weight.requires_grad_(), labels, ALL_TERMS, "streaming")
-
-
-def test_the_environment_chooses_for_auto_only(monkeypatch):
-    inputs = problem(4, 8, 20)
-    monkeypatch.setenv("BALORA_IMPL", "nonsense")
-    with pytest.raises(ValueError, match="BALORA_IMPL: expected 'reference' or .*'nonsense'"):
-        run(*inputs, BALoraConfig(), "auto")
-    run(*inputs, BALoraConfig(), "streaming")
