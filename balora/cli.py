@@ -29,7 +29,7 @@ def _train(argv: list[str]) -> int:
         trainer = _import("trainer")
         asked, parsed = _train_arguments(trainer, argv)
         ready = trainer.setup(*parsed, recipe=asked)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         print(f"balora train: error: {error}", file=sys.stderr)
         return 2
     trainer.train(*ready)
@@ -54,10 +54,11 @@ def _train_arguments(trainer: Any, argv: list[str]) -> tuple[dict[str, Any], tup
     parser.set_defaults(**trainer.TRAINING_DEFAULTS)
     for action in parser._actions:
         action.required |= action.dest == "output_dir"  # not a default folder of somebody else's name
-    known = {option for action in parser._actions for option in action.option_strings}
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    known = set(actions)
     asked: dict[str, Any] = {}
     if argv and not argv[0].startswith("-"):
-        asked = _read_recipe(argv[0], known)
+        asked = _read_recipe(argv[0], actions)
         argv = argv[1:]
     *parsed, rest = parser.parse_args_into_dataclasses(
         [*_as_arguments(asked), *argv], return_remaining_strings=True, look_for_args_file=False
@@ -71,7 +72,7 @@ def _train_arguments(trainer: Any, argv: list[str]) -> tuple[dict[str, Any], tup
     return asked, tuple(parsed)
 
 
-def _read_recipe(path: str, known: set[str]) -> dict[str, Any]:
+def _read_recipe(path: str, actions: dict[str, argparse.Action]) -> dict[str, Any]:
     import yaml
 
     with open(path, encoding="utf-8") as file:
@@ -81,19 +82,24 @@ def _read_recipe(path: str, known: set[str]) -> dict[str, Any]:
             raise ValueError(f"{path}: expected YAML, found {str(error).splitlines()[0]}") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"{path}: expected a mapping of option names to values, found {type(recipe).__name__}")
-    for name in recipe:
-        if f"--{name}" not in known:
-            raise ValueError(f"{path}: unknown option {name!r}{_did_you_mean(f'--{name}', known)}")
+    for name, value in recipe.items():
+        action = actions.get(f"--{name}")
+        if action is None:
+            raise ValueError(f"{path}: unknown option {name!r}{_did_you_mean(f'--{name}', set(actions))}")
+        if isinstance(value, list) and action.nargs is None:
+            raise ValueError(f"{path}: {name}: expected one value, found the list {value}")
+        if value is False and action.nargs is None and getattr(action.type, "__name__", "") != "string_to_bool":
+            recipe[name] = "no"  # YAML reads a bare no as false
     return recipe
 
 
 def _as_arguments(options: dict[str, Any]) -> list[str]:
     arguments: list[str] = []
     for name, value in options.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        arguments += [f"--{name}", *(json.dumps(v) if isinstance(v, (dict, bool)) else str(v) for v in values)]
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)] if value else []
+        elif value is not None:
+            arguments.append(f"--{name}={json.dumps(value) if isinstance(value, (dict, bool)) else value}")
     return arguments
 
 

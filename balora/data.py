@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ class Row:
     messages: Messages | None = None
     prompt: str = ""
     completion: str = ""
+    where: str = ""  # "FILE, line N", for errors
 
 
 @dataclass
@@ -65,15 +65,19 @@ def read_jsonl(path: str | Path) -> list[Row]:
         raise FileNotFoundError(f"data: expected a JSONL file, found nothing at {path}")
     rows: list[Row] = []
     columns: tuple[str, ...] | None = None
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(_decoded(lines, path), start=1):
-            if not line.strip():
-                continue
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
             where = f"{path}, line {number}"
             try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: expected UTF-8 text, found the byte {raw[error.start]:#x}") from None
+            if not line.strip():
+                continue
+            try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: expected a JSON object, found {_short(line)} ({error.msg})") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}: expected a JSON object, found {_short(line)} ({error})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: expected a JSON object, found {_short(row)}")
             if columns is None:
@@ -82,13 +86,6 @@ def read_jsonl(path: str | Path) -> list[Row]:
     if not rows:
         raise ValueError(f"{path}: expected at least one row, found an empty file")
     return rows
-
-
-def _decoded(lines: Iterable[str], path: Path) -> Iterable[str]:
-    try:
-        yield from lines
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, found the byte {error.object[error.start]:#x}") from None
 
 
 def _columns(row: dict[str, Any], where: str) -> tuple[str, ...]:
@@ -103,21 +100,30 @@ def _row(row: dict[str, Any], columns: tuple[str, ...], where: str) -> Row:
         if name not in row:
             raise ValueError(f"{where}: expected the column {name!r}, as in the rows before; found {', '.join(row)}")
     if columns == ("messages",):
-        return Row(messages=_messages(row["messages"], f"{where}, column 'messages'"))
-    texts = []
-    for name in columns:
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise ValueError(f"{where}, column {name!r}: expected a text that is not empty, found {_short(row[name])}")
-        texts.append(row[name])
-    prompt, response = texts
+        return Row(messages=_messages(row["messages"], f"{where}, column 'messages'"), where=where)
+    prompt, response = (_text(row[name], f"{where}, column {name!r}") for name in columns)
     if columns == ("prompt", "completion"):
-        return Row(prompt=prompt, completion=response)
-    extra = row.get("input") if columns[0] == "instruction" else None
-    if extra is not None and not isinstance(extra, str):
-        raise ValueError(f"{where}, column 'input': expected a text, found {_short(extra)}")
-    if extra:
-        prompt = f"{prompt}\n\n{extra}"
-    return Row(messages=[{"role": "user", "content": prompt}, {"role": "assistant", "content": response}])
+        return Row(prompt=prompt, completion=response, where=where)
+    if columns[0] == "instruction" and row.get("input") not in (None, ""):
+        prompt += "\n\n" + _text(row["input"], f"{where}, column 'input'")
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return Row(messages=messages, where=where)
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: expected a text that is not empty, found {_short(value)}")
+    _check_unicode(value, where)
+    return value
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: expected Unicode text, found half a surrogate pair, {text[error.start]!r}"
+        ) from None
 
 
 def _messages(value: Any, where: str) -> Messages:
@@ -126,10 +132,13 @@ def _messages(value: Any, where: str) -> Messages:
     for i, message in enumerate(value):
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise ValueError(f"{where}: expected texts 'role' and 'content' in message {i}, found {_short(message)}")
+        _check_unicode(message["role"] + message["content"], f"{where}, message {i}")
     if not any(m["role"] == "assistant" for m in value):
         raise ValueError(
             f"{where}: expected a message of the role 'assistant', found {sorted({m['role'] for m in value})}"
         )
+    if value[0]["role"] == "assistant":
+        raise ValueError(f"{where}: expected something before the first message of the assistant, found nothing")
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
@@ -185,15 +194,15 @@ def tokenize(rows: list[Row], tokenizer: Any, max_length: int, source: str) -> T
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError("tokenizer: expected a fast tokenizer (one that gives character offsets), found a slow one")
     result = Tokenized([])
-    for number, row in enumerate(rows, start=1):
+    for row in rows:
         try:
             text, spans, templated = render(row, tokenizer)
-        except ValueError as error:
-            raise ValueError(f"{source}, row {number}: {error}") from None
+        except Exception as error:  # whatever a chat template raises
+            raise ValueError(f"{row.where or source}: {error}") from None
         encoding = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
         ids = list(encoding["input_ids"])
         labels = [
-            token if any(start < last and stop > first for first, last in spans) and stop > start else IGNORE_INDEX
+            token if any(_trained(start, stop, *span) for span in spans) else IGNORE_INDEX
             for token, (start, stop) in zip(ids, encoding["offset_mapping"], strict=True)
         ]
         if not templated and tokenizer.eos_token_id is not None:
@@ -214,6 +223,13 @@ def tokenize(rows: list[Row], tokenizer: Any, max_length: int, source: str) -> T
             "and the answer"
         )
     return result
+
+
+def _trained(start: int, stop: int, first: int, last: int) -> bool:
+    """Whether the token of the characters start:stop overlaps the span first:last. A token of blanks may have no width
+    (tokenizers that trim offsets); special tokens have none either, at 0.
+    """
+    return start < last and stop > first if stop > start else first < start < last
 
 
 def _short(value: Any) -> str:

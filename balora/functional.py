@@ -37,8 +37,8 @@ class LinearHead:
         weight: [V, d], any floating type; it may be tied to the embedding. It must not require a gradient: LoRA never
             trains the head.
 
-    The Gram matrix weightᵀ·weight that the SVD term needs is computed on first use (V·d² operations) and kept until the
-    weight is written to.
+    The Gram matrix weightᵀ·weight that the SVD term needs is computed on first use (V·d² operations) and kept until an
+    in-place operation changes the weight (one through ``weight.data`` is not seen).
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -52,7 +52,8 @@ class LinearHead:
     @property
     def gram(self) -> spectral.HeadGram:
         """weightᵀ·weight and a factor of it, [d, d]."""
-        key = (self.weight.data_ptr(), self.weight.device, self.weight._version)
+        version = 0 if self.weight.is_inference() else self.weight._version
+        key = (self.weight.data_ptr(), self.weight.device, version)
         if self._gram is None or self._gram[0] != key:
             self._gram = (key, spectral.head_gram(self.weight))
         return self._gram[1]
@@ -195,7 +196,8 @@ class _Streaming(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
         (grad,) = ctx.saved_tensors
-        return (grad * grad_loss.to(grad.dtype)).to(ctx.dtype), None, None, None, None, None, None
+        wide = torch.promote_types(grad.dtype, torch.float32)  # a scale of 1/3 must not be rounded to bfloat16
+        return (grad.to(wide) * grad_loss.to(wide)).to(ctx.dtype), None, None, None, None, None, None
 
 
 def _check(hidden, teacher_hidden, head, labels, config, normalizer) -> None:

@@ -65,11 +65,19 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
     if _find(peft_model) is not None:
         raise ValueError("peft_model: it is attached already; call balora.detach first")
     for adapter in peft_model.peft_config.values():
+        if adapter.peft_type != peft.PeftType.LORA:
+            raise ValueError(f"peft_model: expected LoRA adapters, found {adapter.peft_type}")
         how = getattr(adapter, "init_lora_weights", True)
         if isinstance(how, str) and how.startswith(_REWRITES_BASE):
             raise ValueError(
                 f"peft_model: init_lora_weights={how!r} changes the base weights, so the pre-trained model is lost; "
                 "use balora.get_pissa_model"
+            )
+    for name, p in peft_model.named_parameters():
+        if p.requires_grad and "lora_" not in name and "modules_to_save" not in name:
+            raise ValueError(
+                f"peft_model: {name} is trained and no adapter, so the pre-trained model would be lost; expected "
+                "frozen base weights"
             )
     base = peft_model.get_base_model()
     head = _plain_head(base)
@@ -139,8 +147,8 @@ def _plain_head(base: Any) -> LinearHead:
         value = getattr(config, name, None)
         if value is not None and value != 1:
             raise ValueError(f"peft_model: a head with {name}={value} is not supported so far")
-    if layer.weight.requires_grad:
-        raise ValueError("peft_model: a head that is trained is not supported so far; expected frozen base weights")
+    if getattr(config, "output_router_logits", False):
+        raise ValueError("peft_model: the auxiliary loss of a mixture of experts is not supported so far")
     return LinearHead(layer.weight)
 
 
@@ -176,6 +184,10 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             "compute_loss_func take them out of the batch: leave them off)"
         )
     loss_arguments = {name: arguments.pop(name, None) for name in _LOSS_ARGUMENTS}
+    if loss_arguments["ignore_index"] not in (None, IGNORE_INDEX):
+        raise ValueError(f"ignore_index: expected {IGNORE_INDEX}, found {loss_arguments['ignore_index']}")
+    if arguments.get("output_router_logits"):
+        raise ValueError("output_router_logits: the auxiliary loss of a mixture of experts is not supported so far")
     as_tuple = arguments.pop("return_dict", None) is False
     # A cache would keep the keys and values of every layer alive, twice.
     arguments["use_cache"] = False

@@ -47,6 +47,22 @@ class _Frozen(nn.Module):
         self.register_buffer(adapter, tensor)
 
 
+class _FrozenPath(torch.autograd.Function):
+    """B₀(A₀ x). Keeps A₀ and B₀ for the backward as they are stored; autograd would keep their float32 copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a0: Tensor, b0: Tensor) -> Tensor:
+        ctx.save_for_backward(a0, b0)
+        ctx.dtype = x.dtype
+        return F.linear(F.linear(x, a0.to(x.dtype)), b0.to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        a0, b0 = ctx.saved_tensors
+        return ((grad @ b0.to(grad.dtype)) @ a0.to(grad.dtype)).to(ctx.dtype), None, None
+
+
 class OffsetVariant(LoraVariant):
     """``W x + s·(B(A x) − B₀(A₀ x))``: the bracket first, one dropout mask for both.
 
@@ -76,8 +92,7 @@ class OffsetVariant(LoraVariant):
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         x = module.lora_dropout[active_adapter](x)
         trained = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
-        a0, b0 = _offset(module, active_adapter)
-        initial = F.linear(F.linear(x, a0), b0)
+        initial = _FrozenPath.apply(x, *_offset(module, active_adapter))
         return result + (trained - initial) * module.scaling[active_adapter]
 
     @staticmethod
@@ -97,17 +112,16 @@ class OffsetVariant(LoraVariant):
 
 
 def _offset(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """A₀ [r, in] and B₀ [out, r] in the type of A and B."""
-    dtype = module.lora_A[adapter].weight.dtype
-    a0, b0 = getattr(module.lora_offset_A, adapter), getattr(module.lora_offset_B, adapter)
-    return a0.to(dtype), b0.to(dtype)
+    """A₀ [r, in] and B₀ [out, r] as they are stored."""
+    return getattr(module.lora_offset_A, adapter), getattr(module.lora_offset_B, adapter)
 
 
 def _factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """left [out, 2r], right [2r, in] in float64 with left·right = s·(BA − B₀A₀)."""
     a0, b0 = _offset(module, adapter)
-    left = torch.cat([module.lora_B[adapter].weight.detach(), -b0], dim=1).double() * module.scaling[adapter]
-    return left, torch.cat([module.lora_A[adapter].weight.detach(), a0], dim=0).double()
+    a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
+    left = torch.cat([b.double(), -b0.double()], dim=1) * module.scaling[adapter]
+    return left, torch.cat([a.double(), a0.double()], dim=0)
 
 
 def _change(module: LoraLayer, adapter: str) -> Tensor:
@@ -159,11 +173,10 @@ def get_pissa_model(
     if getattr(model, "can_generate", bool)():
         lora_config.setdefault("task_type", "CAUSAL_LM")
 
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
     config = peft.LoraConfig(
         r=r, lora_alpha=lora_alpha, target_modules=target_modules, init_lora_weights=False, **lora_config
     )
-    wrapped = None
     try:
         wrapped = peft.get_peft_model(model, config)
         layers = [(name, m) for name, m in wrapped.named_modules() if isinstance(m, LoraLayer)]
@@ -172,10 +185,12 @@ def get_pissa_model(
         for _, layer in tqdm(layers, desc="PiSSA: decomposing the weights", disable=None, leave=False):
             OffsetVariant.init(layer, _ADAPTER)
     except BaseException:
-        if wrapped is not None:
-            wrapped.unload()
-        for name, p in model.named_parameters():
-            p.requires_grad_(trainable[name])
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, BaseTunerLayer):
+                    setattr(parent, name, child.get_base_layer())
+        for p, was in trainable:
+            p.requires_grad_(was)
         if hasattr(model, "peft_config"):
             del model.peft_config
         raise
@@ -201,6 +216,10 @@ def _check_layer(name: str, layer: LoraLayer) -> None:
         raise ValueError(f"model: expected floating-point weights, found {base.weight.dtype} at {name}")
     if base.weight.device.type == "meta":
         raise ValueError(f"model: expected weights in memory, found the meta device at {name}")
+    if not (math.isfinite(layer.scaling[_ADAPTER]) and layer.scaling[_ADAPTER] > 0):
+        raise ValueError(
+            f"lora_alpha, alpha_pattern: expected a scaling above 0, found {layer.scaling[_ADAPTER]} at {name}"
+        )
     if r > min(base.weight.shape):
         raise ValueError(f"r: expected at most {min(base.weight.shape)}, the smaller side of {name}, found {r}")
 
@@ -211,6 +230,7 @@ def teacher(model: nn.Module) -> Iterator[None]:
 
     Unlike peft's ``disable_adapter`` it never touches ``requires_grad``. On leaving, every flag is as it was, also
     after an error. Leave the block before the backward: gradient checkpointing recomputes with whatever is active then.
+    (Merging the adapters and unmerging them again rounds the base weights, as always with peft.)
 
     Raises:
         ValueError: the adapters are merged into the weights, which then are not the pre-trained ones.
@@ -250,6 +270,11 @@ def export_lora(peft_model: peft.PeftModel, directory: str | Path) -> None:
     if not layers:
         peft_model.save_pretrained(directory)
         return
+    if peft_model.active_adapters != [_ADAPTER]:
+        raise ValueError(
+            f"peft_model: expected {_ADAPTER!r}, which balora made, to be the active adapter; "
+            f"found {peft_model.active_adapters}"
+        )
     tensors = {}
     for name, layer in layers.items():
         a, b = _balanced(*_factors(layer, _ADAPTER))

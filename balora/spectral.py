@@ -32,8 +32,9 @@ class HeadGram(NamedTuple):
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """float64 on the CPU and for float64 inputs, else float32.
 
-    A Gram matrix squares the condition of the logits: in float32 a σ_i a hundred times below σ_1 keeps three digits.
-    float64 costs a CPU twice the time of a product that is d/V of the whole; most GPUs would pay 64 times.
+    A Gram matrix squares the condition of the logits: in float32 a σ_i a hundred times below σ_1 keeps three digits,
+    and one a thousand times below it is lost. float64 costs a CPU twice the time of a product that is d/V of the
+    whole; most GPUs would pay 64 times.
     """
     return torch.float64 if tensor.device.type == "cpu" or tensor.dtype == torch.float64 else torch.float32
 
@@ -51,12 +52,10 @@ def gram(rows: Tensor) -> Tensor:
 def head_gram(weight: Tensor) -> HeadGram:
     """The Gram matrix of a head and its factor. Once for a frozen head: V·d² operations. weight [V, d]."""
     g = gram(weight.detach())
-    # With fewer rows than columns G is singular: the jitter, below the rounding of G itself, lets Cholesky pass.
-    jitter = torch.finfo(g.dtype).eps * g.diagonal().sum()
-    factor, info = torch.linalg.cholesky_ex(g + jitter * torch.eye(len(g), dtype=g.dtype, device=g.device))
+    factor, info = torch.linalg.cholesky_ex(g)
     if not torch.isfinite(g).all():
         factor = torch.full_like(g, torch.nan)
-    elif info.item() != 0:
+    elif info.item() != 0:  # singular: fewer rows than columns, or dependent ones
         values, vectors = torch.linalg.eigh(g)
         factor = vectors * values.clamp_min(0).sqrt()
     return HeadGram(g, factor)
@@ -75,7 +74,8 @@ def svd_ratio(hidden: Tensor, head: HeadGram, rank: int, vocab: int, need_grad: 
     s, g, c = s.to(c.dtype), g.to(c.dtype), c.to(c.dtype)
     rank = min(rank, hidden.shape[0], vocab, hidden.shape[1])
     values, vectors = _leading_eigenpairs(s, c, rank)  # [k], [d, k]
-    noise = values[:1] * len(s) * torch.finfo(s.dtype).eps
+    # Below the rounding of the Gram matrices an eigenvalue is noise, and its direction arbitrary: it counts as 0.
+    noise = values[:1] * torch.finfo(s.dtype).eps * 8
     values = torch.where(values <= noise, torch.zeros_like(values), values)  # keeps NaN
     sigma = values.sqrt()
     norm = (s * g).sum().clamp_min(0).sqrt()  # ‖Z‖_F

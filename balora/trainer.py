@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import yaml
 from transformers import (
@@ -17,7 +19,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    set_seed,
 )
 
 from . import data
@@ -33,7 +34,8 @@ class BALoraCallback(TrainerCallback):
 
     Logged beside ``loss``: ce, consistency, diversity and svd (unweighted, means over the optimizer steps since the
     last log; a term whose λ is 0 is left out) and lambda_consistency, lambda_diversity, lambda_svd (those of the last
-    step). The terms stay on the device until a log, so a step costs no host synchronization.
+    step). The terms stay on the device until a log, so a step costs no host synchronization; in a run of several
+    processes they are those of this process.
 
     Reporting callbacks that come before this one in the Trainer's list do not see what it adds: use ``BALoraMixin``,
     which puts it first.
@@ -144,17 +146,17 @@ def setup(
         raise ValueError(f"max_length: expected at least 2 tokens, found {run.max_length}")
     if not 0 <= run.lora_dropout < 1:
         raise ValueError(f"lora_dropout: expected at least 0 and below 1, found {run.lora_dropout}")
-    if training.label_smoothing_factor != 0:
-        raise ValueError(
-            f"label_smoothing_factor: expected 0 (it takes the labels away from the objective), found "
-            f"{training.label_smoothing_factor}"
-        )
+    _check_training(training)
     checkpoint = _checkpoint(training)
     rows = data.read_jsonl(run.data)
     eval_rows = data.read_jsonl(run.eval_data) if run.eval_data else None
     tokenizer = AutoTokenizer.from_pretrained(run.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"model: expected a tokenizer with a padding or end-of-text token, found neither in {run.model}"
+        )
     train_set = data.tokenize(rows, tokenizer, run.max_length, run.data)
     print(f"train: {train_set.summary()}", flush=True)
     eval_set = None
@@ -163,8 +165,10 @@ def setup(
         print(f"eval:  {eval_set.summary()}", flush=True)
     _check_vocabulary(run.model, [train_set, *([eval_set] if eval_set else [])])
 
-    set_seed(training.seed)
-    model = AutoModelForCausalLM.from_pretrained(run.model, dtype=run.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(run.model, dtype=run.dtype)
+    except Exception as error:  # the readers of weights raise types of their own
+        raise ValueError(f"model: expected a causal language model at {run.model}; {error}") from error
     model = get_pissa_model(
         model,
         r=run.r,
@@ -172,6 +176,8 @@ def setup(
         lora_dropout=run.lora_dropout,
         target_modules=run.target_modules,
     )
+    if checkpoint is not None:
+        _check_adapters(model, checkpoint)
     attach(model, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"model: {trained:,} trained parameters of {sum(p.numel() for p in model.parameters()):,}", flush=True)
@@ -219,6 +225,8 @@ def _checkpoint(training: TrainingArguments) -> str | None:
                 f"output_dir: {folder} holds {found[0].name} of an earlier run; add --resume_from_checkpoint true to "
                 "go on from it, or name another folder"
             )
+        if (folder / LORA).exists():
+            raise ValueError(f"output_dir: {folder} holds the LoRA of an earlier run; name another folder")
         return None
     if str(asked).lower() != "true":
         if not _complete(Path(asked)):
@@ -233,6 +241,34 @@ def _checkpoint(training: TrainingArguments) -> str | None:
     return None
 
 
+def _check_training(training: TrainingArguments) -> None:
+    """What Hugging Face's arguments let pass, and what would stop or spoil the run only later."""
+    if training.label_smoothing_factor != 0:
+        raise ValueError(
+            f"label_smoothing_factor: expected 0 (it takes the labels away from the objective), found "
+            f"{training.label_smoothing_factor}"
+        )
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, found {getattr(training, name)}")
+    if not (math.isfinite(training.learning_rate) and training.learning_rate >= 0):
+        raise ValueError(f"learning_rate: expected a finite number of at least 0, found {training.learning_rate}")
+    if training.max_steps <= 0 and not training.num_train_epochs > 0:
+        raise ValueError(f"num_train_epochs: expected a number above 0, found {training.num_train_epochs}")
+    Trainer.get_optimizer_cls_and_kwargs(training)  # raises where the optimizer's package is missing
+
+
+def _check_adapters(model: peft.PeftModel, checkpoint: str) -> None:
+    """A checkpoint goes on with the adapters that it was made with: others would give its factors another meaning."""
+    now, then = model.peft_config["default"], peft.LoraConfig.from_pretrained(checkpoint)
+    for name in ("r", "lora_alpha", "target_modules"):
+        if getattr(now, name) != getattr(then, name):
+            raise ValueError(
+                f"{name}: expected {getattr(then, name)}, as in {checkpoint}, found {getattr(now, name)}; a run "
+                "goes on with the adapters that it began with"
+            )
+
+
 def _step(path: Path) -> int:
     number = path.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
@@ -244,7 +280,7 @@ def _complete(path: Path) -> bool:
         json.loads((path / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
-    return (path / "adapter_model.safetensors").is_file()
+    return all((path / name).is_file() for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt"))
 
 
 def _check_vocabulary(model: str, sets: list[data.Tokenized]) -> None:

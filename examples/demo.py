@@ -96,7 +96,7 @@ def prepare_data(source: Path, output_dir: Path) -> tuple[Path, Path]:
     if source.resolve() == (PROBLEMS / "train.jsonl").resolve():
         return source, PROBLEMS / "heldout.jsonl"
     data.read_jsonl(source)
-    lines = [line for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in source.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     if len(lines) < 2 * HELD_OUT_ROWS:
         sys.exit(f"--data: expected at least {2 * HELD_OUT_ROWS} rows in {source}, found {len(lines)}")
     train_file, held_out_file = output_dir / "train.jsonl", output_dir / "heldout.jsonl"
