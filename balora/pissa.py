@@ -282,7 +282,7 @@ def export_lora(peft_model: peft.PeftModel, directory: str | Path) -> None:
         tensors[f"{name}.lora_A.weight"] = a.to(dtype).cpu().contiguous()
         tensors[f"{name}.lora_B.weight"] = b.to(dtype).cpu().contiguous()
     fields = peft_model.peft_config[_ADAPTER].to_dict()
-    ranks = {layers: 2 * rank for layers, rank in (fields["rank_pattern"] or {}).items()}
+    ranks = {pattern: 2 * rank for pattern, rank in (fields["rank_pattern"] or {}).items()}
     fields.update(
         r=2 * fields["r"],
         lora_alpha=2 * fields["r"],  # alpha = r everywhere: the scaling is in the factors

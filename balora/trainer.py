@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import yaml
 from transformers import (
@@ -258,14 +257,16 @@ def _check_training(training: TrainingArguments) -> None:
     Trainer.get_optimizer_cls_and_kwargs(training)  # raises where the optimizer's package is missing
 
 
-def _check_adapters(model: peft.PeftModel, checkpoint: str) -> None:
+def _check_adapters(model: Any, checkpoint: str) -> None:
     """A checkpoint goes on with the adapters that it was made with: others would give its factors another meaning."""
-    now, then = model.peft_config["default"], peft.LoraConfig.from_pretrained(checkpoint)
+    now = model.peft_config["default"].to_dict()
+    then = json.loads((Path(checkpoint) / "adapter_config.json").read_text())
     for name in ("r", "lora_alpha", "target_modules"):
-        if getattr(now, name) != getattr(then, name):
+        here, there = (sorted(x[name]) if isinstance(x[name], (list, set)) else x[name] for x in (now, then))
+        if here != there:
             raise ValueError(
-                f"{name}: expected {getattr(then, name)}, as in {checkpoint}, found {getattr(now, name)}; a run "
-                "goes on with the adapters that it began with"
+                f"{name}: expected {there}, as in {checkpoint}, found {here}; a run goes on with the adapters that it "
+                "began with"
             )
 
 

@@ -126,6 +126,7 @@ def tiny_tokenizer(template=None):
 def tiny_checkpoint(folder, template=None, **changes) -> Path:
     """A folder with a random Llama and its tokenizer, as ``--model`` takes it."""
     tokenizer = tiny_tokenizer(template)
-    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256, **changes).save_pretrained(folder)
+    shape = dict(vocab_size=len(tokenizer), max_position_embeddings=256)
+    tiny_llama(**{**shape, **changes}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -36,9 +36,13 @@ def flags(values):
 def test_train_by_flags(inputs, tmp_path, capsys):
     out = tmp_path / "run"
     values = options(inputs, out, eval_data=inputs / "rows.jsonl", lambda_svd=0.5, entropy_top_k=7)
+    values |= dict(lora_dropout=0.25, lora_alpha=6, max_length=50, target_modules="q_proj")
     assert cli.main(["train", *flags(values)]) == 0
     printed = capsys.readouterr().out
     assert "train: 8 rows," in printed
+    assert "longest 50; 8 rows cut to 50 tokens" in printed
+    adapter = json.loads((out / "checkpoint-4" / "adapter_config.json").read_text())
+    assert (adapter["lora_dropout"], adapter["lora_alpha"], adapter["target_modules"]) == (0.25, 6, ["q_proj"])
     assert "eval:  8 rows," in printed
     assert f"LoRA:  {out / 'lora'}" in printed
     assert json.loads((out / "eval_results.json").read_text())["eval_loss"] > 0
@@ -64,6 +68,27 @@ def test_a_recipe_with_overrides_is_the_same_run_and_is_kept(inputs, tmp_path):
     assert all(torch.equal(a[k]["exp_avg"], b[k]["exp_avg"]) for k in a)
 
 
+def test_a_recipe_may_say_no_and_empty_lists(inputs, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    text = yaml.safe_dump(options(inputs, tmp_path / "run", run_name="-x", learning_rate="2e-5"))
+    recipe.write_text(text + "save_strategy: no\ntarget_modules: []\neval_data: null\nbf16: false\n")
+    assert cli.main(["train", str(recipe)]) == 0
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_finished_run_is_not_overwritten_and_not_resumed_with_other_adapters(inputs, tmp_path, capsys):
+    values = options(inputs, tmp_path / "run", save_strategy="no")
+    assert cli.main(["train", *flags(values)]) == 0
+    assert cli.main(["train", *flags(values)]) == 2
+    assert "holds the LoRA of an earlier run; name another folder" in capsys.readouterr().err
+    values = options(inputs, tmp_path / "again", save_steps=2)
+    assert cli.main(["train", *flags(values)]) == 0
+    for name, value in (("r", 3), ("lora_alpha", 1), ("target_modules", "q_proj")):
+        changed = {**values, name: value, "resume_from_checkpoint": "true"}
+        assert cli.main(["train", *flags(changed)]) == 2
+        assert f"error: {name}: expected " in capsys.readouterr().err
+
+
 def test_resuming_a_run_that_has_no_checkpoint_starts_it(inputs, tmp_path, capsys):
     values = options(inputs, tmp_path / "run", save_strategy="no", resume_from_checkpoint="true")
     assert cli.main(["train", *flags(values)]) == 0
@@ -84,6 +109,14 @@ BAD = {
     "smoothing": (dict(label_smoothing_factor=0.1), "label_smoothing_factor: expected 0"),
     "option": (dict(lambda_sdv=1), "unknown argument --lambda_sdv; did you mean --lambda_svd?"),
     "target": (dict(target_modules="qqq"), "qqq"),
+    "batch size": (dict(per_device_train_batch_size=0), "per_device_train_batch_size: expected at least 1, found 0"),
+    "accumulation": (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps: "),
+    "learning rate": (dict(learning_rate="nan"), "learning_rate: expected a finite number of at least 0, found nan"),
+    "epochs": (dict(max_steps=-1, num_train_epochs=0), "num_train_epochs: expected a number above 0, found 0"),
+    "optimizer": (dict(optim="adamw_bnb_8bit"), "bitsandbytes"),
+    "reporter": (dict(report_to="comet_ml"), "comet"),
+    "broken weights": (dict(model="BROKEN"), "model: expected a causal language model at "),
+    "vocabulary": (dict(model="NARROW"), "but the model's vocabulary ends at 89"),
     "checkpoint": (dict(resume_from_checkpoint="elsewhere"), "resume_from_checkpoint: expected 'true' or a complete"),
 }
 
@@ -94,6 +127,11 @@ def test_an_error_names_what_is_wrong_and_nothing_is_written(inputs, tmp_path, c
     values = options(inputs, tmp_path / "run", **changes)
     if values["data"] == "BAD":
         values["data"] = str(inputs / "bad.jsonl")
+    if values["model"] in ("BROKEN", "NARROW"):
+        narrow = values["model"] == "NARROW"
+        values["model"] = str(tiny_checkpoint(tmp_path / "model", TEMPLATE, **({"vocab_size": 90} if narrow else {})))
+        if not narrow:
+            (tmp_path / "model" / "model.safetensors").write_bytes(b"short")
     assert cli.main(["train", *flags(values)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -105,6 +143,7 @@ def test_a_missing_output_dir_and_bad_recipes(inputs, tmp_path, capsys):
         ("model: x\nlamda_svd: 1", "recipe.yaml: unknown option 'lamda_svd'; did you mean --lambda_svd?"),
         ("- a\n- b", "recipe.yaml: expected a mapping of option names to values, found list"),
         ("a: [", "recipe.yaml: expected YAML, found"),
+        ("temperature: [1, 2]", "recipe.yaml: temperature: expected one value, found the list [1, 2]"),
     ]:
         recipe.write_text(text)
         assert cli.main(["train", str(recipe)]) == 2

@@ -53,6 +53,19 @@ def test_prompt_and_completion_are_joined_as_they_stand(tmp_path):
     assert trained_text(example, tokenizer) == "b<eos>"
 
 
+def test_the_special_tokens_of_the_tokenizer_are_added_to_plain_text_and_not_to_a_chat(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    rows = data.read_jsonl(write(tmp_path, {"question": "q", "answer": "a"}))
+    for template, starts in ((None, True), (TEMPLATE, False)):
+        tokenizer = tiny_tokenizer(template)
+        special = [("<eos>", tokenizer.eos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=special)
+        (example,) = data.tokenize(rows, tokenizer, 200, "rows").examples
+        assert (example["input_ids"][0] == tokenizer.eos_token_id) is starts
+        assert example["labels"][0] == -100
+
+
 def test_every_assistant_turn_of_a_conversation_is_trained_on(tmp_path):
     tokenizer = tiny_tokenizer(TEMPLATE)
     roles = [("system", "S"), ("user", "U1"), ("assistant", "A1"), ("user", "U2"), ("assistant", "A2")]
@@ -110,7 +123,7 @@ BAD = {
     ),
     "bad input": (
         [{"instruction": "i", "input": 3, "output": "o"}],
-        "line 1, column 'input': expected a text, found 3",
+        "line 1, column 'input': expected a text that is not empty, found 3",
     ),
     "messages not a list": ([{"messages": "hi"}], "line 1, column 'messages': expected a list .*, found 'hi'"),
     "message without role": (
@@ -120,6 +133,13 @@ BAD = {
     "nothing to train": (
         [{"messages": [{"role": "user", "content": "x"}]}],
         "expected a message of the role 'assistant', found .'user'",
+    ),
+    "half a surrogate": (['{"question": "q", "answer": "\\ud800"}'], "line 1, column 'answer': expected Unicode text"),
+    "a huge number": (['{"question": ' + "9" * 5000 + "}"], "line 1: expected a JSON object, found '{.question"),
+    "deep": (["[" * 100000], r"line 1: expected a JSON object, found '\[\["),
+    "assistant first": (
+        [{"messages": [{"role": "assistant", "content": "x"}]}],
+        "line 1, column 'messages': expected something",
     ),
     "empty file": ([], "expected at least one row, found an empty file"),
 }
@@ -136,17 +156,43 @@ def test_a_bad_row_is_named(tmp_path, case):
 def test_a_missing_file_and_a_file_that_is_not_text(tmp_path):
     with pytest.raises(FileNotFoundError, match="data: expected a JSONL file, found nothing at .*gone.jsonl"):
         data.read_jsonl(tmp_path / "gone.jsonl")
-    (tmp_path / "binary").write_bytes(b"\x00\xff\xfe")
-    with pytest.raises(ValueError, match="binary: expected UTF-8 text, found the byte 0xff"):
+    (tmp_path / "binary").write_bytes(b'{"question": "q", "answer": "a"}\n\xff')
+    with pytest.raises(ValueError, match="binary, line 2: expected UTF-8 text, found the byte 0xff"):
         data.read_jsonl(tmp_path / "binary")
+
+
+def test_a_byte_order_mark_carriage_returns_and_unusual_line_separators(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + '{"question": "q", "answer": "a\u2028b"}\r\n'.encode() * 2)
+    assert [row.messages[1]["content"] for row in data.read_jsonl(path)] == ["a\u2028b"] * 2
+
+
+def test_blanks_without_a_width_are_trained_on():
+    """Tokenizers that trim offsets give a token of blanks no width; special tokens have none either."""
+    assert data._trained(7, 7, first=5, last=9)
+    assert not data._trained(0, 0, first=5, last=9)
+    assert not data._trained(5, 5, first=5, last=9)
+    assert data._trained(4, 6, first=5, last=9)
+    assert not data._trained(4, 5, first=5, last=9)
+    assert not data._trained(9, 10, first=5, last=9)
+
+
+def test_an_error_of_the_template_names_the_line(tmp_path):
+    good = {"messages": [dict(role="user", content="u"), dict(role="assistant", content="a")]}
+    strange = {"messages": [dict(role="tool", content="u"), dict(role="assistant", content="a")]}
+    rows = data.read_jsonl(write(tmp_path, good, "", strange))
+    strict = "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    tokenizer = tiny_tokenizer(strict + "{{ m['content'] }}{% endfor %}")
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 3: no tools"):
+        data.tokenize(rows, tokenizer, 50, "rows")
 
 
 def test_conversations_that_cannot_be_rendered_are_named():
     turns = [data.Row(messages=[dict(role="user", content="u"), dict(role="assistant", content="a")] * 2)]
-    with pytest.raises(ValueError, match="rows, row 1: expected one user and one assistant message, because the token"):
+    with pytest.raises(ValueError, match="rows: expected one user and one assistant message, because the token"):
         data.tokenize(turns, tiny_tokenizer(), 50, "rows")
     forgetful = (
         "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(ValueError, match="rows, row 1: the tokenizer's chat template rewrites earlier turns"):
+    with pytest.raises(ValueError, match="rows: the tokenizer's chat template rewrites earlier turns"):
         data.tokenize(turns, tiny_tokenizer(forgetful), 50, "rows")

@@ -81,6 +81,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         torch.testing.assert_close(grad, exact[name], msg=name)
 
 
+def test_the_teacher_runs_first_without_gradients_and_neither_pass_fills_a_cache():
+    model = attached()
+    calls = []
+
+    def record(module, args, kwargs):
+        calls.append((torch.is_grad_enabled(), kwargs["use_cache"]))
+
+    model.get_base_model().get_decoder().register_forward_pre_hook(record, with_kwargs=True)
+    model(**batch())
+    assert calls == [(False, False), (True, False)]
+
+
 def test_cross_entropy_alone_is_the_models_own_loss():
     model = attached(BALoraConfig(lambda_consistency=0, lambda_diversity=0, lambda_svd=0))
     inputs = batch()
@@ -238,6 +250,17 @@ def bad_models():
         ("trained head", dict(modules_to_save=["lm_head"]), "peft_model: expected a plain linear head, found Modules"),
     ]:
         yield name, peft.get_peft_model(tiny_llama(), peft.LoraConfig(**{**lora, **options})), ValueError, message
+    trained = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**lora))
+    trained.get_base_model().lm_head.weight.requires_grad_()
+    yield "head without peft", trained, ValueError, "peft_model: .*lm_head.weight is trained and no adapter"
+    with_bias = tiny_llama(attention_bias=True)
+    biases = peft.get_peft_model(with_bias, peft.LoraConfig(bias="all", **lora))
+    yield "trained biases", biases, ValueError, "peft_model: .*bias is trained and no adapter"
+    prompts = peft.get_peft_model(tiny_llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    yield "prompt tuning", prompts, ValueError, "peft_model: expected LoRA adapters, found .*PROMPT_TUNING"
+    experts = tiny_llama()
+    experts.config.output_router_logits = True
+    yield "experts", peft.get_peft_model(experts, peft.LoraConfig(**lora)), ValueError, "mixture of experts"
     scaled = tiny_llama()
     scaled.config.logits_scaling = 8.0
     yield (
@@ -280,5 +303,9 @@ def test_misuse_is_named():
         balora.set_progress(model, -1, 10)
     with pytest.raises(TypeError, match="max_steps: expected a whole number, found '10'"):
         balora.set_progress(model, 1, "10")
+    with pytest.raises(ValueError, match="ignore_index: expected -100, found 0"):
+        model.train()(**batch(), ignore_index=0)
+    with pytest.raises(ValueError, match="output_router_logits: the auxiliary loss"):
+        model(**batch(), output_router_logits=True)
     with pytest.raises(ValueError, match="labels: expected -100 or 0 to 96 .*, found 97"):
         model.train()(**{**batch(), "labels": torch.full((3, 12), 97)})

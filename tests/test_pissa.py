@@ -114,6 +114,15 @@ def test_teacher_restores_every_flag_also_after_an_error():
     assert not any(getattr(m, "_disable_adapters", False) for m in model.modules())
 
 
+def test_teacher_leaves_adapters_off_that_the_user_has_switched_off():
+    model, before, _ = make()
+    train_a_little(model)
+    model.base_model.disable_adapter_layers()
+    with balora.teacher(model):
+        pass
+    assert torch.equal(logits(model), before)
+
+
 def test_teacher_refuses_merged_weights_and_merging_is_the_trained_model():
     model, before, _ = make("float64")
     train_a_little(model)
@@ -162,6 +171,60 @@ def test_the_exported_lora_loads_with_peft_alone(mode, tmp_path):
     assert (logits(alone) - trained).abs().max() <= 8 * eps * trained.abs().max()
 
 
+def test_the_export_survives_being_loaded_in_half_precision(tmp_path):
+    """s·BA and s·B₀A₀ rounded to bfloat16 apart would not cancel; the balanced factors have nothing to cancel."""
+    model, before, _ = make("float32")
+    train_a_little(model, steps=2, lr=1e-4)
+    trained = logits(model)
+    balora.export_lora(model, tmp_path)
+    alone = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    for name, p in alone.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.bfloat16().float()
+    assert (logits(alone) - trained).norm() < 0.01 * (trained - before).norm()
+
+
+def test_an_export_of_another_adapter_is_refused(tmp_path):
+    model, *_ = make()
+    model.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"]))
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="peft_model: expected 'default', .* to be the active adapter; found .'other'"):
+        balora.export_lora(model, tmp_path)
+
+
+def test_no_wider_copy_of_the_frozen_factors_is_kept_for_the_backward():
+    model, *_ = make("bfloat16")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    kept = []
+    x = torch.randn(2, 3, 32, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    trained = {p.data_ptr() for p in layer.parameters()}
+    factors = [t for t in kept if sorted(t.shape) == [4, 32] and t.data_ptr() not in trained]
+    assert {t.data_ptr() for t in factors} == {
+        layer.lora_offset_A.default.data_ptr(),
+        layer.lora_offset_B.default.data_ptr(),
+    }
+
+
+@pytest.mark.parametrize("mode", ["float64", "autocast"])
+def test_the_gradient_by_the_input_is_that_of_the_equation(mode):
+    model, _, context = make("float64" if mode == "float64" else "float32")
+    train_a_little(model)
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj
+    change = layer.lora_B.default.weight @ layer.lora_A.default.weight
+    change = change - layer.lora_offset_B.default @ layer.lora_offset_A.default
+    x = torch.randn(5, 32, dtype=layer.base_layer.weight.dtype, requires_grad=True)
+    out = torch.randn(5, 32, dtype=x.dtype)
+    context = contextlib.nullcontext if mode == "float64" else (lambda: torch.autocast("cpu", torch.bfloat16))
+    with context():
+        y = layer(x)
+    y.backward(out.to(y.dtype))
+    exact = out @ (layer.base_layer.weight + 2 * change)
+    tolerance = 1e-10 if mode == "float64" else 0.02
+    assert (x.grad - exact).norm() < tolerance * exact.norm()
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -206,6 +269,13 @@ BAD = {
     "form": (dict(r=2, form="residual"), ValueError, "form: expected 'offset', found 'residual'"),
     "option": (dict(r=2, use_dora=True), ValueError, "lora_config: use_dora cannot be used here"),
     "no such layer": (dict(r=2, target_modules=["query"]), ValueError, "query"),
+    "half way": (dict(r=2, target_modules=["q_proj", "input_layernorm"]), ValueError, "RMSNorm"),
+    "rank of a pattern": (dict(r=2, rank_pattern={"up_proj": 0}), ValueError, "r.*positive"),
+    "alpha of a pattern": (
+        dict(r=2, alpha_pattern={"q_proj": 0}),
+        ValueError,
+        "alpha_pattern: expected a scaling above 0",
+    ),
     "not linear": (
         dict(r=2, target_modules=["embed_tokens"]),
         ValueError,
