@@ -52,19 +52,27 @@ def test_rank_above_what_the_batch_has_is_clamped_and_rank_deficient_batches_hav
 
 
 def test_float32_keeps_what_float32_can_see(monkeypatch):
-    """On a GPU the Gram matrices are float32: a σ a hundred times below the first one still counts."""
+    """On a GPU the Gram matrices are float32: a σ two hundred times below the first one still counts."""
     monkeypatch.setattr(spectral, "accumulation_dtype", lambda tensor: torch.float32)
     hidden, weight = draw(900, 600, 800, 0.0)
     u, _, vh = torch.linalg.svd(hidden @ torch.linalg.qr(weight).R.T, full_matrices=False)
     sigma = torch.full((600,), 1e-4)
-    sigma[:10] = 0.01
+    sigma[:10] = 0.005
     sigma[0] = 1.0
     hidden = (u * sigma) @ torch.linalg.solve(torch.linalg.qr(weight).R.T, vh, left=False)
     value, grad = spectral.svd_ratio(hidden, spectral.head_gram(weight), 10, 800, need_grad=True)
     want, want_grad = exact(hidden, weight, 10)
-    assert want.item() == pytest.approx(-1.0895, abs=1e-3)
+    assert want.item() == pytest.approx(-1.045, abs=1e-3)
     assert value.item() == pytest.approx(want.item(), rel=1e-3)
-    assert (grad - want_grad).norm() < 0.01 * want_grad.norm()
+    assert (grad - want_grad).norm() < 0.02 * want_grad.norm()
+
+
+def test_float32_noise_is_not_summed(monkeypatch):
+    monkeypatch.setattr(spectral, "accumulation_dtype", lambda tensor: torch.float32)
+    hidden, weight = draw(40, 64, 300, 0.0)
+    hidden[3:] = hidden[:1]  # rank 3: what float32 sees beyond it would add about 1e-3
+    value, _ = spectral.svd_ratio(hidden, spectral.head_gram(weight), 30, 300, need_grad=False)
+    assert value.item() == pytest.approx(exact(hidden, weight, 3)[0].item(), rel=2e-5)
 
 
 def test_a_repeated_or_zero_column_of_the_head():
