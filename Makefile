@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .PHONY: demo test lint gpu clean
 
 demo: $(VENV)/.demo
-	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py --data $(DATA) --output_dir $(RUN)
+	HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore::FutureWarning $(BIN)/python examples/demo.py --data $(DATA) --output_dir $(RUN)
 
 test: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

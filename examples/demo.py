@@ -156,9 +156,12 @@ def gold(row: data.Row) -> str:
 
 
 def final(answer: str) -> str:
-    """The number after ####, without thousands separators; of an answer without one, the whole text."""
-    found = re.search(r"####\s*(-?[\d,]*\.?\d+)", answer)
-    return found.group(1).replace(",", "") if found else answer.strip()
+    """The number after ####, or else the last number (an untrained model does not know the format), or the text."""
+    _, marker, tail = answer.rpartition("####")
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", tail if marker else answer)
+    if not numbers:
+        return answer.strip()
+    return (numbers[0] if marker else numbers[-1]).replace(",", "").removesuffix(".00")
 
 
 @torch.no_grad()
