@@ -65,6 +65,7 @@ def linear_objective(
     head: LinearHead,
     labels: Tensor,
     config: BALoraConfig,
+    teacher_head: LinearHead | None = None,
     normalizer: Tensor | float | None = None,
     impl: str = "auto",
 ) -> BALoraOutput:
@@ -82,9 +83,11 @@ def linear_objective(
     Args:
         hidden: [N, d] or [B, S, d], the student's last hidden states, float32, bfloat16, float16 or float64.
         teacher_hidden: the pre-trained model's, of the same shape, type and device; None is allowed if λ₁ = 0.
-        head: the output layer that student and teacher share.
+        head: the output layer of the student, and of the teacher unless that has its own.
         labels: whole numbers of hidden's leading shape, already aligned with it; −100 marks a token that is left out.
         config: weights and shapes of the terms.
+        teacher_head: another output layer for the teacher, of the same vocabulary; teacher_hidden then has its width.
+            The two logits are subtracted in float32, which keeps less of a small KL than a shared head does.
         normalizer: what the sums over tokens are divided by, instead of the number of valid tokens of this batch (the
             number over all micro-batches and ranks). The SVD term is weighted by n_valid / normalizer.
         impl: "auto", "streaming" or "reference" (everything materialized, autograd: for tests).
@@ -96,7 +99,7 @@ def linear_objective(
         ValueError, TypeError: an argument has the wrong shape, type, device or range; the message names it.
     """
     impl = dispatch.choose(impl)
-    _check(hidden, teacher_hidden, head, labels, config, normalizer)
+    _check(hidden, teacher_hidden, head, labels, config, teacher_head, normalizer)
     hidden_rows = hidden.reshape(-1, hidden.shape[-1])  # [B·S, d]
     label_rows = labels.reshape(-1)
     valid = label_rows != IGNORE_INDEX
@@ -108,16 +111,19 @@ def linear_objective(
     _check_label_range(label_rows, head.weight.shape[0])
     teacher_rows = None
     if config.lambda_consistency != 0 and teacher_hidden is not None:
-        teacher_rows = teacher_hidden.detach().reshape(-1, hidden.shape[-1])
+        teacher_rows = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
         if n != len(teacher_rows):
             teacher_rows = teacher_rows[kept]
     norm = torch.as_tensor(max(n, 1) if normalizer is None else normalizer, device=hidden.device).float()
     n_valid = torch.tensor(n, device=hidden.device)
+    teacher_weight = None if teacher_head is None or teacher_head is head else teacher_head.weight.detach()
 
     # Autocast would round the logits to half precision; the objective is float32 arithmetic whatever surrounds it.
     with torch.autocast(hidden.device.type, enabled=False):
         run = _reference_objective if impl == "reference" else _streaming_objective
-        loss, ce, consistency, diversity, svd = run(hidden_rows, teacher_rows, head, label_rows, config, norm)
+        loss, ce, consistency, diversity, svd = run(
+            hidden_rows, teacher_rows, head, teacher_weight, label_rows, config, norm
+        )
     return BALoraOutput(
         loss,
         ce.detach(),
@@ -128,14 +134,14 @@ def linear_objective(
     )
 
 
-def _reference_objective(hidden, teacher_hidden, head, labels, config, norm):
+def _reference_objective(hidden, teacher_hidden, head, teacher_weight, labels, config, norm):
     z = reference.logits(hidden, head.weight)  # [N, V]
     norm = norm.to(z.dtype)
     zero = 0.0 * hidden.sum().to(z.dtype)  # connected, also when no row is left
     ce = zero + reference.cross_entropy(z, labels) / norm
     consistency = diversity = svd = zero
     if teacher_hidden is not None:
-        z_teacher = reference.logits(teacher_hidden, head.weight.detach())
+        z_teacher = reference.logits(teacher_hidden, head.weight.detach() if teacher_weight is None else teacher_weight)
         consistency = zero + reference.consistency(z, z_teacher, config.temperature) / norm
     if config.lambda_diversity != 0:
         diversity = zero + reference.diversity(z, config.entropy_top_k) / norm
@@ -145,24 +151,25 @@ def _reference_objective(hidden, teacher_hidden, head, labels, config, norm):
     return loss, ce, consistency, diversity, svd
 
 
-def _streaming_objective(hidden, teacher_hidden, head, labels, config, norm):
+def _streaming_objective(hidden, teacher_hidden, head, teacher_weight, labels, config, norm):
     if head.weight.requires_grad:
         raise ValueError("head: a head that is trained needs impl='reference'; found a weight that requires a gradient")
     gram = head.gram if config.lambda_svd != 0 else None
-    return _Streaming.apply(hidden, teacher_hidden, head.weight, gram, labels, config, norm)
+    return _Streaming.apply(hidden, teacher_hidden, head.weight, teacher_weight, gram, labels, config, norm)
 
 
 class _Streaming(torch.autograd.Function):
     """The gradient by the hidden states is finished in the forward; the backward scales it."""
 
     @staticmethod
-    def forward(ctx, hidden, teacher_hidden, weight, gram, labels, config, norm):
+    def forward(ctx, hidden, teacher_hidden, weight, teacher_weight, gram, labels, config, norm):
         need_grad = ctx.needs_input_grad[0]
         terms = streaming.token_terms(
             hidden,
             teacher_hidden,
             weight,
             labels,
+            teacher_weight=teacher_weight,
             lambda_consistency=config.lambda_consistency,
             lambda_diversity=config.lambda_diversity,
             temperature=config.temperature,
@@ -197,10 +204,10 @@ class _Streaming(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         (grad,) = ctx.saved_tensors
         wide = torch.promote_types(grad.dtype, torch.float32)  # a scale of 1/3 must not be rounded to bfloat16
-        return (grad.to(wide) * grad_loss.to(wide)).to(ctx.dtype), None, None, None, None, None, None
+        return (grad.to(wide) * grad_loss.to(wide)).to(ctx.dtype), *[None] * 7
 
 
-def _check(hidden, teacher_hidden, head, labels, config, normalizer) -> None:
+def _check(hidden, teacher_hidden, head, labels, config, teacher_head, normalizer) -> None:
     if not isinstance(head, LinearHead):
         raise TypeError(f"head: expected a LinearHead, found {type(head).__name__}")
     if not isinstance(config, BALoraConfig):
@@ -222,6 +229,19 @@ def _check(hidden, teacher_hidden, head, labels, config, normalizer) -> None:
         )
     if labels.device != hidden.device:
         raise ValueError(f"labels: expected hidden's device {hidden.device}, found {labels.device}")
+    width = d
+    if teacher_head is not None:
+        if not isinstance(teacher_head, LinearHead):
+            raise TypeError(f"teacher_head: expected a LinearHead, found {type(teacher_head).__name__}")
+        vocab, width = teacher_head.weight.shape
+        if vocab != head.weight.shape[0]:
+            raise ValueError(f"teacher_head: expected head's vocabulary of {head.weight.shape[0]}, found {vocab}")
+        if teacher_head.weight.device != head.weight.device:
+            raise ValueError(
+                f"teacher_head: expected head's device {head.weight.device}, found {teacher_head.weight.device}"
+            )
+        if (teacher_head.weight.dtype == torch.float64) != (head.weight.dtype == torch.float64):
+            raise TypeError(f"teacher_head: the head is {head.weight.dtype}, found {teacher_head.weight.dtype}")
     if teacher_hidden is None:
         if config.lambda_consistency != 0:
             raise ValueError(
@@ -230,9 +250,9 @@ def _check(hidden, teacher_hidden, head, labels, config, normalizer) -> None:
             )
     elif not isinstance(teacher_hidden, Tensor) or teacher_hidden.dtype != hidden.dtype:
         raise TypeError(f"teacher_hidden: expected hidden's type {hidden.dtype}, found {_describe(teacher_hidden)}")
-    elif teacher_hidden.shape != hidden.shape:
+    elif teacher_hidden.shape != (*hidden.shape[:-1], width):
         raise ValueError(
-            f"teacher_hidden: expected hidden's shape {list(hidden.shape)}, found {_describe(teacher_hidden)}"
+            f"teacher_hidden: expected the shape {[*hidden.shape[:-1], width]}, found {_describe(teacher_hidden)}"
         )
     elif teacher_hidden.device != hidden.device:
         raise ValueError(f"teacher_hidden: expected hidden's device {hidden.device}, found {teacher_hidden.device}")

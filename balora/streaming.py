@@ -33,6 +33,7 @@ def token_terms(
     weight: Tensor,
     labels: Tensor,
     *,
+    teacher_weight: Tensor | None = None,
     lambda_consistency: float,
     lambda_diversity: float,
     temperature: float,
@@ -43,7 +44,8 @@ def token_terms(
 
     Nothing is divided by the number of tokens. A term whose λ is 0 is not computed, and is 0.
 
-    hidden, teacher_hidden [N, d] (the teacher may be None if λ₁ is 0), weight [V, d], labels [N] in [0, V).
+    hidden, teacher_hidden [N, d] (the teacher may be None if λ₁ is 0), weight [V, d], labels [N] in [0, V). A teacher
+    with a head of its own has teacher_weight [V, d_T] and teacher_hidden [N, d_T].
     """
     n, d = hidden.shape
     vocab = weight.shape[0]
@@ -62,12 +64,18 @@ def token_terms(
     for start in range(0, n, chunk_rows):
         stop = min(start + chunk_rows, n)
         h = hidden[start:stop].to(dtype)  # [c, d]
-        # Z_P − Z = (H_P − H) Wᵀ: subtracted before the product, so that its error is relative to the difference.
-        difference = None if teacher_hidden is None else teacher_hidden[start:stop].to(dtype) - h
+        difference = None
+        if teacher_hidden is not None and teacher_weight is None:
+            # Z_P − Z = (H_P − H) Wᵀ: subtracted before the product, so that its error is relative to the difference.
+            difference = teacher_hidden[start:stop].to(dtype) - h
         for columns, tile in _tiles(weight, dtype):
             torch.mm(h, tile.T, out=z[: stop - start, columns])
             if difference is not None and delta is not None:
                 torch.mm(difference, tile.T, out=delta[: stop - start, columns])
+        if teacher_hidden is not None and teacher_weight is not None and delta is not None:
+            for columns, tile in _tiles(teacher_weight, dtype):
+                torch.mm(teacher_hidden[start:stop].to(dtype), tile.T, out=delta[: stop - start, columns])
+            delta[: stop - start] -= z[: stop - start]
         for first in range(start, stop, block_rows):
             last = min(first + block_rows, stop)
             here = slice(first - start, last - start)

@@ -249,6 +249,33 @@ def test_no_valid_token_gives_a_connected_zero(impl):
     assert not grad.any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile_bytes", [1000, 10**9])
+def test_a_teacher_with_a_head_of_its_own(monkeypatch, dtype, tile_bytes):
+    monkeypatch.setattr(streaming, "_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(streaming, "_CHUNK_BYTES", 7 * 101 * 8)
+    hidden, _, weight, labels = problem(20, 16, 101, dtype=dtype, ignored=3)
+    teacher, _, teacher_weight, _ = problem(20, 24, 101, dtype=dtype, seed=1)
+
+    def objective(impl, wide=False):
+        h, t, w, v = (x.double() if wide else x for x in (hidden, teacher, weight, teacher_weight))
+        h = h.clone().requires_grad_()
+        out = F.linear_objective(h, t, LinearHead(w), labels, ALL_TERMS, teacher_head=LinearHead(v), impl=impl)
+        out.loss.backward()
+        return out, h.grad
+
+    (found, grad), (plain, plain_grad), (exact, exact_grad) = (
+        objective("streaming"),
+        objective("reference"),
+        objective("reference", wide=True),
+    )
+    assert_within_budget(found.loss, plain.loss, exact.loss, torch.promote_types(dtype, torch.float32), "loss")
+    assert_within_budget(grad, plain_grad, exact_grad, dtype, "gradient")
+    same = F.linear_objective(hidden, hidden, LinearHead(weight), labels, ALL_TERMS, impl="streaming")
+    other = F.linear_objective(hidden, hidden, LinearHead(weight), labels, ALL_TERMS, LinearHead(weight.clone()))
+    assert other.loss.item() == pytest.approx(same.loss.item(), rel=1e-5)
+
+
 def test_zero_hidden_states():
     hidden, teacher, weight, labels = problem(4, 8, 20)
     check((hidden * 0, teacher * 0, weight, labels), ALL_TERMS, torch.float64)
@@ -344,7 +371,11 @@ BAD = {
         ValueError,
         "hidden: expected the head's device cpu",
     ),
-    "teacher shape": (dict(teacher_hidden=torch.zeros(3, 8)), ValueError, r"teacher_hidden: expected hidden's shape"),
+    "teacher shape": (
+        dict(teacher_hidden=torch.zeros(3, 8)),
+        ValueError,
+        r"teacher_hidden: expected the shape \[4, 8\]",
+    ),
     "teacher type": (
         dict(teacher_hidden=torch.zeros(4, 8).half()),
         TypeError,
@@ -366,6 +397,27 @@ BAD = {
     "labels too large": (dict(labels=torch.tensor([0, 1, 20, 3])), ValueError, "labels: expected -100 or 0 to 19 .*20"),
     "labels negative": (dict(labels=torch.tensor([0, -1, 2, 3])), ValueError, "labels: expected -100 or 0 to 19 .*-1"),
     "head": (dict(head=torch.zeros(20, 8)), TypeError, "head: expected a LinearHead, found Tensor"),
+    "teacher head": (dict(teacher_head=3), TypeError, "teacher_head: expected a LinearHead, found int"),
+    "teacher vocabulary": (
+        dict(teacher_head=LinearHead(torch.zeros(21, 8))),
+        ValueError,
+        "teacher_head: expected head's vocabulary of 20, found 21",
+    ),
+    "teacher width": (
+        dict(teacher_head=LinearHead(torch.zeros(20, 9))),
+        ValueError,
+        r"teacher_hidden: expected the shape \[4, 9\]",
+    ),
+    "teacher head float64": (
+        dict(teacher_head=LinearHead(torch.zeros(20, 8).double())),
+        TypeError,
+        "teacher_head: the head is torch.float32, found torch.float64",
+    ),
+    "teacher head device": (
+        dict(teacher_head=LinearHead(torch.zeros(20, 8, device="meta"))),
+        ValueError,
+        "teacher_head: expected head's device cpu, found meta",
+    ),
     "config": (dict(config={}), TypeError, "config: expected a BALoraConfig, found dict"),
     "impl": (dict(impl="cuda"), ValueError, "impl: expected 'auto' or 'reference' or 'streaming' .*'cuda'"),
     "impl that cannot run": (dict(impl="triton"), ValueError, "impl: 'triton' cannot run here: "),
