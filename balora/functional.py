@@ -114,7 +114,7 @@ def linear_objective(
         teacher_rows = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
         if n != len(teacher_rows):
             teacher_rows = teacher_rows[kept]
-    norm = torch.as_tensor(max(n, 1) if normalizer is None else normalizer, device=hidden.device).float()
+    norm = torch.as_tensor(max(n, 1) if normalizer is None else normalizer, device=hidden.device)
     n_valid = torch.tensor(n, device=hidden.device)
     teacher_weight = None if teacher_head is None or teacher_head is head else teacher_head.weight.detach()
 
