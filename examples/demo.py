@@ -22,7 +22,7 @@ from pathlib import Path
 import peft
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
 from transformers.utils import logging
 
 from balora import BALoraConfig, LinearHead, data
@@ -32,6 +32,7 @@ HERE = Path(__file__).parent
 PROBLEMS = HERE / "word_problems"
 HELD_OUT_ROWS = 64  # taken off the end of a file of the user's own
 ANSWERED = 32  # of them, so many are answered in full
+MAX_ANSWER = 160  # tokens
 
 
 def main() -> None:
@@ -134,14 +135,25 @@ def held_out_scores(model, tokenizer, rows: list[data.Row]) -> tuple[float, floa
         n = int((labels[:, 1:] != data.IGNORE_INDEX).sum())
         total += model(input_ids=ids, labels=labels).loss.item() * n
         count += n
-    right, asked = 0, rows[:ANSWERED]
-    for start in tqdm(range(0, len(asked), 16), desc="exact match"):
-        part = asked[start : start + 16]
-        prompts = [prompt(row, tokenizer) for row in part]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        tokens = model.generate(**inputs, max_new_tokens=160, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        answers = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += sum(final(answer) == final(gold(row)) for answer, row in zip(answers, part, strict=True))
+    asked = rows[:ANSWERED]
+    inputs = tokenizer(
+        [prompt(row, tokenizer) for row in asked], return_tensors="pt", padding=True, add_special_tokens=False
+    )
+
+    def tick(ids, scores, **_):  # called after every token; it stops nothing
+        bar.update()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    with tqdm(total=MAX_ANSWER, desc="exact match (tokens)") as bar:
+        tokens = model.generate(
+            **inputs,
+            max_new_tokens=MAX_ANSWER,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            stopping_criteria=StoppingCriteriaList([tick]),
+        )
+    answers = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = sum(final(answer) == final(gold(row)) for answer, row in zip(answers, asked, strict=True))
     return total / count, right / len(asked)
 
 
