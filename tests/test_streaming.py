@@ -1,0 +1,274 @@
+"""The streamed objective against the reference in float64: values, every gradient, numerics, awkward shapes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from balora import LinearHead, reference, streaming
+from balora import functional as F
+
+from .conftest import ALL_TERMS, assert_within_budget, only, problem, run
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+TERMS = ["none", "consistency", "diversity", "svd"]
+
+
+def check(inputs, config, dtype, normalizer=None):
+    """The streamed loss, its terms and its gradient are within the error budget."""
+    hidden, teacher, weight, labels = inputs
+    found, grad = run(hidden, teacher, weight, labels, config, "streaming", normalizer)
+    plain, plain_grad = run(hidden, teacher, weight, labels, config, "reference", normalizer)
+    wide = [None if x is None else x.double() for x in (hidden, teacher, weight)]
+    exact, exact_grad = run(*wide, labels, config, "reference", normalizer)
+    for name, a, b, c in zip(found._fields, found, plain, exact, strict=True):
+        if c is None:
+            assert a is None, name
+        elif name == "n_valid":
+            assert a == c
+        else:
+            assert_within_budget(a, b, c, torch.promote_types(dtype, torch.float32), name)
+    assert_within_budget(grad, plain_grad, exact_grad, dtype, "gradient")
+    assert grad.dtype == hidden.dtype
+    return found, grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("term", [*TERMS, "all"])
+def test_value_and_gradient_within_the_budget(term, dtype):
+    config = ALL_TERMS if term == "all" else only(term)
+    check(problem(37, 16, 101, dtype=dtype, ignored=5), config, dtype)
+
+
+@pytest.mark.parametrize("distance", [1e-4, 1e-2, 1.0, 30.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_consistency_from_close_to_far(distance, temperature):
+    check(problem(20, 16, 300, dtype=torch.float32, distance=distance, scale=3.0), only("consistency"), torch.float32)
+
+
+@pytest.mark.parametrize("distance", [1e-3, 3e-2, 0.3, 3.0])
+def test_bf16_consistency_within_two_percent_at_every_distance(distance):
+    hidden, teacher, weight, labels = problem(64, 256, 4000, dtype=torch.bfloat16, distance=distance, scale=3.0)
+    if distance < 2**-7:  # a bf16 teacher so close is mostly the same number: move few entries by one rounding step
+        moved = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(1)) < 0.01
+        teacher = torch.where(moved, hidden * (1 + 2**-7), hidden)
+    config = replace(only("consistency"), temperature=2.0)
+    with_term, _ = run(hidden, teacher, weight, labels, config, "streaming")
+    _, ce_grad = run(hidden.double(), None, weight.double(), labels, only("none"), "reference")
+    exact, exact_grad = run(hidden.double(), teacher.double(), weight.double(), labels, config, "reference")
+    assert with_term.consistency.item() == pytest.approx(exact.consistency.item(), rel=0.02)
+    kl_grad = exact_grad - ce_grad
+    alone = streaming.token_terms(
+        hidden,
+        teacher,
+        weight,
+        labels,
+        lambda_consistency=1e6,
+        lambda_diversity=0.0,
+        temperature=2.0,
+        top_k=1,
+        need_grad=True,
+    ).grad_hidden.double()
+    none = streaming.token_terms(
+        hidden,
+        teacher,
+        weight,
+        labels,
+        lambda_consistency=0.0,
+        lambda_diversity=0.0,
+        temperature=2.0,
+        top_k=1,
+        need_grad=True,
+    ).grad_hidden.double()
+    error = ((alone - none) / 1e6 / len(labels) - kl_grad).norm() / kl_grad.norm()
+    assert error < 0.02
+
+
+@pytest.mark.parametrize("term", [*TERMS, "all"])
+def test_gradcheck(term):
+    hidden, teacher, weight, labels = problem(5, 4, 9, ignored=1)
+    head = LinearHead(weight)
+    config = replace(ALL_TERMS if term == "all" else only(term), svd_rank=2)
+
+    def loss(h):
+        return F.linear_objective(h, teacher, head, labels, config, impl="streaming").loss
+
+    assert torch.autograd.gradcheck(loss, hidden.requires_grad_())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 12),
+    d=st.integers(1, 9),
+    vocab=st.integers(1, 70),
+    top_k=st.integers(1, 80),
+    rank=st.integers(1, 12),
+    temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    distance=st.sampled_from([0.0, 1e-3, 1.0, 20.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape(n, d, vocab, top_k, rank, temperature, distance, seed):
+    config = replace(ALL_TERMS, entropy_top_k=top_k, svd_rank=rank, temperature=temperature)
+    hidden, teacher, weight, labels = problem(n, d, vocab, seed=seed, distance=distance, ignored=n // 3)
+    found, grad = run(hidden, teacher, weight, labels, config, "streaming")
+    exact, exact_grad = run(hidden, teacher, weight, labels, config, "reference")
+    assert found.loss.item() == pytest.approx(exact.loss.item(), rel=1e-7, abs=1e-9)
+    # the sum of all singular values of a rank-deficient batch has no gradient: compare where it has one
+    if rank < min(n - n // 3, d, vocab) or min(n - n // 3, vocab) <= d:
+        torch.testing.assert_close(grad, exact_grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 3 * 101 * 8 * 2, 10**9])
+def test_chunks_do_not_change_the_result(monkeypatch, chunk_bytes):
+    inputs = problem(37, 16, 101)
+    exact, exact_grad = run(*inputs, ALL_TERMS, "reference")
+    monkeypatch.setattr(streaming, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(streaming, "_BLOCK_BYTES", 2 * 101 * 8)
+    found, grad = run(*inputs, ALL_TERMS, "streaming")
+    assert found.loss.item() == pytest.approx(exact.loss.item(), rel=1e-12)
+    torch.testing.assert_close(grad, exact_grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 1000, 10**9])
+def test_tiles_of_a_half_precision_head(monkeypatch, tile_bytes):
+    monkeypatch.setattr(streaming, "_TILE_BYTES", tile_bytes)
+    check(problem(9, 16, 101, dtype=torch.bfloat16), ALL_TERMS, torch.bfloat16)
+
+
+def test_same_bits_on_two_runs():
+    inputs = problem(50, 16, 3001, dtype=torch.float32)
+    first, grad = run(*inputs, ALL_TERMS, "streaming")
+    second, grad_again = run(*inputs, ALL_TERMS, "streaming")
+    assert torch.equal(first.loss, second.loss)
+    assert torch.equal(grad, grad_again)
+
+
+def test_teacher_equal_to_student_gives_exactly_zero():
+    hidden, _, weight, labels = problem(20, 16, 301, dtype=torch.float32)
+    found, grad = run(hidden, hidden, weight, labels, only("consistency"), "streaming")
+    _, ce_grad = run(hidden, None, weight, labels, only("none"), "streaming")
+    assert found.consistency.item() == 0.0
+    assert torch.equal(grad, ce_grad)
+
+
+@pytest.mark.parametrize("vocab", [1, 2**16 + 3])
+def test_smallest_and_large_vocabulary(vocab):
+    check(problem(3, 8, vocab, dtype=torch.float32), replace(ALL_TERMS, svd_rank=1), torch.float32)
+
+
+def test_all_logits_equal_and_ties_across_the_kth_place():
+    hidden, teacher, weight, labels = problem(6, 8, 40)
+    weight[:] = weight[0]  # every logit of a row is the same number
+    config = replace(ALL_TERMS, svd_rank=1)
+    found, grad = run(hidden, teacher, weight, labels, config, "streaming")
+    exact, exact_grad = run(hidden, teacher, weight, labels, config, "reference")
+    assert found.loss.item() == pytest.approx(exact.loss.item(), rel=1e-12)
+    torch.testing.assert_close(grad, exact_grad, rtol=1e-9, atol=1e-12)
+    z = torch.tensor([[2.0, 1.0, 3.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0, 1.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
+    assert [sorted(r) for r in streaming._top_k_indices(z, 3).tolist()] == [[0, 1, 2], [0, 1, 2], [0, 1, 2]]
+    assert [sorted(r) for r in streaming._top_k_indices(z, 2).tolist()] == [[0, 2], [0, 1], [0, 1]]
+
+
+def test_huge_logits():
+    hidden, teacher, weight, labels = problem(12, 8, 50, dtype=torch.float32, distance=2.0)
+    check((hidden * 1e2, teacher * 1e2, weight * 1e2, labels), ALL_TERMS, torch.float32)
+
+
+def test_two_one_hot_rows_far_apart():
+    hidden = torch.tensor([[200.0, 0.0], [1.0, 0.0]])
+    teacher = torch.tensor([[0.0, 200.0], [1.0, 1e-4]])  # one row far, one near, in one chunk
+    check((hidden, teacher, torch.eye(2), torch.tensor([0, 1])), only("consistency"), torch.float32)
+
+
+def test_a_rare_token_that_moves_far_keeps_the_small_kl_accurate():
+    weight = torch.cat([torch.eye(3), torch.tensor([[0.0, 0.0, 1.0]])])
+    hidden, teacher = torch.tensor([[1.0, 0.5, -30.0]]), torch.tensor([[1.0, 0.5, -22.0]])
+    config = only("consistency", temperature=1.0)
+    found, _ = run(hidden, teacher, weight, torch.tensor([0]), config, "streaming")
+    exact, _ = run(hidden.double(), teacher.double(), weight.double(), torch.tensor([0]), config, "reference")
+    assert exact.consistency.item() < 1e-8
+    assert found.consistency.item() == pytest.approx(exact.consistency.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("distance", [1e-3, 1e-1, 1.0, 10.0])
+@pytest.mark.parametrize("outliers", [0, 1, 3])
+def test_kl_in_float32_from_near_to_far_with_rare_tokens_that_move_far(distance, outliers):
+    """Value and gradient of the KL alone, where subtracting rounded probabilities or log-sum-exps would show."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(8, 300, generator=g)
+    delta = distance * torch.randn(8, 300, generator=g)
+    z[:, :outliers] -= 25
+    delta[:, :outliers] += torch.tensor([9.0, 3.0, -30.0])[:outliers]
+    wide = z.double().requires_grad_()
+    exact = reference.consistency(wide, wide.detach() + delta.double(), 1.0)
+    exact.backward()
+    shifted = z - z.amax(-1, keepdim=True)
+    kl, grad = streaming._kl(shifted.softmax(-1), shifted, delta.clone(), 1.0)
+    assert kl.sum().item() == pytest.approx(exact.item(), rel=2e-5)
+    assert (grad - wide.grad).norm() <= 2e-5 * wide.grad.norm()
+
+
+def test_columns_of_minus_infinity():
+    """A masked vocabulary: −inf in student and teacher, the columns contribute nothing."""
+    hidden, teacher, weight, labels = problem(7, 8, 40, dtype=torch.float32)
+    z, delta = hidden @ weight.T, (teacher - hidden) @ weight.T
+    masked = [c for c in range(3, 40) if c not in labels.tolist()]  # few are left: the top K reaches into them
+    z[:, masked] = -torch.inf
+    kept = [c for c in range(40) if c not in masked]
+    wide = z[:, kept].double().requires_grad_()
+    where = torch.tensor([kept.index(y) for y in labels.tolist()])
+    loss = reference.cross_entropy(wide, where) + 0.3 * reference.diversity(wide, 15)
+    loss = loss + 0.7 * reference.consistency(wide, wide.detach() + delta[:, kept].double(), 2.0)
+    loss.backward()
+    ce, kl, entropy = streaming._block(z, delta, labels, 0.7, 0.3, 2.0, 15, True).sum(-1)
+    assert (ce + 0.7 * 4 * kl + 0.3 * entropy).item() == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(z[:, kept].double(), wide.grad, rtol=1e-4, atol=1e-6)
+    assert not z[:, masked].any()
+
+
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("where", ["hidden", "teacher", "weight"])
+@pytest.mark.parametrize("d", [8, 600])
+def test_nan_in_nan_out(term, where, d):
+    inputs = dict(zip(("hidden", "teacher", "weight", "labels"), problem(6, d, 40, dtype=torch.float32), strict=True))
+    inputs[where][2, 3] = torch.nan
+    found, grad = run(*inputs.values(), only(term), "streaming")
+    reached = where != "teacher" or term == "consistency"
+    assert found.loss.isnan().item() is reached
+    assert grad.isnan().any().item() is reached
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile_bytes", [1000, 10**9])
+def test_a_teacher_with_a_head_of_its_own(monkeypatch, dtype, tile_bytes):
+    monkeypatch.setattr(streaming, "_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(streaming, "_CHUNK_BYTES", 7 * 101 * 8)
+    hidden, _, weight, labels = problem(20, 16, 101, dtype=dtype, ignored=3)
+    teacher, _, teacher_weight, _ = problem(20, 24, 101, dtype=dtype, seed=1)
+
+    def objective(impl, wide=False):
+        h, t, w, v = (x.double() if wide else x for x in (hidden, teacher, weight, teacher_weight))
+        h = h.clone().requires_grad_()
+        out = F.linear_objective(h, t, LinearHead(w), labels, ALL_TERMS, teacher_head=LinearHead(v), impl=impl)
+        out.loss.backward()
+        return out, h.grad
+
+    (found, grad), (plain, plain_grad), (exact, exact_grad) = (
+        objective("streaming"),
+        objective("reference"),
+        objective("reference", wide=True),
+    )
+    assert_within_budget(found.loss, plain.loss, exact.loss, torch.promote_types(dtype, torch.float32), "loss")
+    assert_within_budget(grad, plain_grad, exact_grad, dtype, "gradient")
+    same = F.linear_objective(hidden, hidden, LinearHead(weight), labels, ALL_TERMS, impl="streaming")
+    other = F.linear_objective(hidden, hidden, LinearHead(weight), labels, ALL_TERMS, LinearHead(weight.clone()))
+    assert other.loss.item() == pytest.approx(same.loss.item(), rel=1e-5)
+
+
+def test_zero_hidden_states():
+    hidden, teacher, weight, labels = problem(4, 8, 20)
+    check((hidden * 0, teacher * 0, weight, labels), ALL_TERMS, torch.float64)
