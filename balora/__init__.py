@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import functional
 from .config import BALoraConfig
+from .dispatch import info
 from .functional import BALoraOutput, LinearHead
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "export_lora",
     "functional",
     "get_pissa_model",
+    "info",
     "set_progress",
     "teacher",
 ]

@@ -8,11 +8,11 @@ import json
 import sys
 from typing import Any
 
-from . import __version__, _import
+from . import __version__, _import, info
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``balora train …``; returns the exit status: 0, or 2 for arguments or data that do not fit."""
+    """``balora train …``, ``balora info``; returns the exit status: 0, or 2 for arguments or data that do not fit."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="balora", description="BA-LoRA fine-tuning: output regularizers without the [tokens, vocabulary] tensors."
@@ -20,7 +20,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"balora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("train", add_help=False, help="fine-tune a model; `balora train --help` lists every option")
-    parser.parse_args(argv[:1])
+    commands.add_parser("info", help="versions, devices, which implementation runs, and why the others do not")
+    command = parser.parse_args(argv if argv[:1] == ["info"] else argv[:1]).command
+    if command == "info":
+        info()
+        return 0
     return _train(argv[1:])
 
 
@@ -54,6 +58,8 @@ def _train_arguments(trainer: Any, argv: list[str]) -> tuple[dict[str, Any], tup
     parser.set_defaults(**trainer.TRAINING_DEFAULTS)
     for action in parser._actions:
         action.required |= action.dest == "output_dir"  # not a default folder of somebody else's name
+        if action.dest == "svd_rank":  # annotated as a float; 10 is a number of singular values, 0.3 a fraction of them
+            action.type = _rank
     actions = {option: action for action in parser._actions for option in action.option_strings}
     known = set(actions)
     asked: dict[str, Any] = {}
@@ -70,6 +76,10 @@ def _train_arguments(trainer: Any, argv: list[str]) -> tuple[dict[str, Any], tup
     asked.update({name: _plain(values[name]) for name in values if name in given})
     asked.pop("resume_from_checkpoint", None)  # said of one start, not of the run
     return asked, tuple(parsed)
+
+
+def _rank(text: str) -> float:
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
 def _read_recipe(path: str, actions: dict[str, argparse.Action]) -> dict[str, Any]:

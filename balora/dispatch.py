@@ -1,34 +1,121 @@
-"""Which implementation runs. The only reader of the environment variable BALORA_IMPL."""
+"""Which implementation of an operation runs, and why others cannot. The only reader of the variable BALORA_IMPL."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
+import platform
+import sys
+from typing import Any, TextIO
 
-IMPLEMENTATIONS = ("reference", "streaming", "triton")
+import torch
+
+# The implementations of each operation, the one that "auto" takes first.
+OPERATIONS = {
+    "linear_objective": ("streaming", "reference", "triton"),
+    "consistency_loss": ("streaming", "reference", "triton"),
+    "diversity_loss": ("streaming", "reference", "triton"),
+    "svd_loss": ("streaming", "reference"),
+    "covariance_loss": ("streaming", "reference"),
+    "randomized_svd": ("torch", "reference", "cuda"),
+}
+_VARIABLE = "BALORA_IMPL"
+_PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets")
 
 
 def why_not(impl: str) -> list[str]:
-    """The reasons why ``impl`` cannot run here; empty if it can."""
+    """Every reason why ``impl`` cannot run here; empty if it can."""
+    reasons = []
     if impl == "triton":
-        return ["this version of balora has no Triton kernel for it"]
-    return []
+        reasons.append("this version of balora has no Triton kernel for it")
+        if importlib.util.find_spec("triton") is None:
+            reasons.append("triton is not installed (pip install triton)")
+    if impl == "cuda":
+        reasons.append("this version of balora has no CUDA extension")
+    if impl in ("triton", "cuda") and not torch.cuda.is_available():
+        reasons.append(
+            "torch sees no CUDA device" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
+        )
+    return reasons
 
 
-def choose(impl: str = "auto") -> str:
-    """The implementation that runs for ``impl``.
+def choose(operation: str, impl: str = "auto") -> str:
+    """The implementation of ``operation`` that runs for ``impl``.
 
-    ``"auto"`` means what BALORA_IMPL names, or ``"streaming"`` where that is not set. A name never falls back.
+    ``"auto"`` means what BALORA_IMPL names, where that is set and the operation has it, else the first of
+    ``OPERATIONS``. A name never falls back.
 
     Raises:
         ValueError: the name is unknown, or that implementation cannot run here; the message has every reason.
     """
+    known = OPERATIONS[operation]
     asked, name = "impl", impl
     if name == "auto":
-        asked, name = "the environment variable BALORA_IMPL", os.environ.get("BALORA_IMPL") or "streaming"
-    if name not in IMPLEMENTATIONS:
-        allowed = " or ".join(map(repr, ("auto", *IMPLEMENTATIONS) if asked == "impl" else IMPLEMENTATIONS))
-        raise ValueError(f"{asked}: expected {allowed}, found {name!r}")
+        asked, name = f"the environment variable {_VARIABLE}", os.environ.get(_VARIABLE) or known[0]
+        everything = sorted({i for implementations in OPERATIONS.values() for i in implementations})
+        if name not in everything:
+            raise ValueError(f"{asked}: expected {_either(everything)}, found {name!r}")
+        if name not in known:
+            name = known[0]
+    if name not in known:
+        raise ValueError(f"impl: expected {_either(('auto', *known))} for {operation}, found {name!r}")
     reasons = why_not(name)
     if reasons:
         raise ValueError(f"{asked}: {name!r} cannot run here: {'; '.join(reasons)}")
     return name
+
+
+def info(file: TextIO | None = None) -> dict[str, Any]:
+    """Print versions, devices, which implementation of each operation runs and why the others do not.
+
+    Returns:
+        The same as plain values: ``versions``, ``devices``, ``BALORA_IMPL`` and, for each operation, under
+        ``implementations``, what ``"auto"`` takes (``runs``, or the ``error``) and the reasons against the others
+        (``why_not``).
+    """
+    versions = {"balora": _version("balora"), "python": platform.python_version()}
+    versions |= {name: _version(name) for name in _PACKAGES}
+    devices = [f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"]
+    if torch.cuda.is_available():
+        devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    implementations: dict[str, dict[str, Any]] = {}
+    for operation, known in OPERATIONS.items():
+        entry: dict[str, Any] = {"why_not": {name: why_not(name) for name in known if why_not(name)}}
+        try:
+            entry["runs"] = choose(operation)
+        except ValueError as error:
+            entry["error"] = str(error)
+        implementations[operation] = entry
+    found = {
+        "versions": versions,
+        "devices": devices,
+        _VARIABLE: os.environ.get(_VARIABLE),
+        "implementations": implementations,
+    }
+    lines = ["versions"]
+    lines += [f"  {name:18}{version or 'not installed'}" for name, version in versions.items()]
+    lines += ["devices", *(f"  {device}" for device in devices)]
+    lines.append(
+        f"implementations ({_VARIABLE} {'is ' + repr(found[_VARIABLE]) if found[_VARIABLE] else 'is not set'})"
+    )
+    for operation, entry in implementations.items():
+        others = [name for name in OPERATIONS[operation] if name != entry.get("runs") and name not in entry["why_not"]]
+        also = f"   (also: {', '.join(others)})" if others else ""
+        lines.append(f"  {operation:18}{entry.get('runs') or entry['error']}{also}")
+    lines.append("what cannot run here")
+    reasons = {name: why for entry in implementations.values() for name, why in entry["why_not"].items()}
+    lines += [f"  {name:18}{'; '.join(why)}" for name, why in reasons.items()] or ["  nothing"]
+    print("\n".join(lines), file=file or sys.stdout)
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _either(names: Any) -> str:
+    return " or ".join(map(repr, names))

@@ -8,8 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, reference, spectral, streaming
-from .config import BALoraConfig
+from . import batch, dispatch, reference, spectral, streaming
+from .config import BALoraConfig, check_rank, check_whole, rank_of
+from .head import LinearHead, describe
+
+__all__ = [
+    "BALoraOutput",
+    "LinearHead",
+    "consistency_loss",
+    "covariance_loss",
+    "diversity_loss",
+    "linear_objective",
+    "randomized_svd",
+    "svd_loss",
+]
 
 IGNORE_INDEX = -100
 
@@ -18,8 +30,8 @@ class BALoraOutput(NamedTuple):
     """The objective and its parts.
 
     ``loss`` carries the gradient. The terms are unweighted and detached, each a sum over the valid tokens divided by
-    the normalizer (the SVD term times n_valid / normalizer): loss = ce + λ₁·consistency + λ₂·diversity + λ₃·svd.
-    A term whose λ is 0 is not computed and is None.
+    the normalizer (those of the whole batch, as SVD and covariance, times n_valid / normalizer), so that
+    loss = ce + λ₁·consistency + λ₂·diversity + λ₃·svd. A term whose λ is 0 is not computed and is None.
     """
 
     loss: Tensor  # []
@@ -28,35 +40,6 @@ class BALoraOutput(NamedTuple):
     diversity: Tensor | None  # []
     svd: Tensor | None  # []
     n_valid: Tensor  # [], int64
-
-
-class LinearHead:
-    """A language model's output layer: logits = hidden · weightᵀ.
-
-    Args:
-        weight: [V, d], any floating type; it may be tied to the embedding. It must not require a gradient: LoRA never
-            trains the head.
-
-    The Gram matrix weightᵀ·weight that the SVD term needs is computed on first use (V·d² operations) and kept until an
-    in-place operation changes the weight (one through ``weight.data`` is not seen).
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            raise TypeError(f"weight: expected a floating-point tensor [V, d], found {_describe(weight)}")
-        if weight.dim() != 2 or 0 in weight.shape:
-            raise ValueError(f"weight: expected the shape [V, d] with V and d of at least 1, found {_describe(weight)}")
-        self.weight = weight
-        self._gram: tuple[Any, spectral.HeadGram] | None = None
-
-    @property
-    def gram(self) -> spectral.HeadGram:
-        """weightᵀ·weight and a factor of it, [d, d]."""
-        version = 0 if self.weight.is_inference() else self.weight._version
-        key = (self.weight.data_ptr(), self.weight.device, version)
-        if self._gram is None or self._gram[0] != key:
-            self._gram = (key, spectral.head_gram(self.weight))
-        return self._gram[1]
 
 
 def linear_objective(
@@ -76,9 +59,20 @@ def linear_objective(
         loss = CE + λ₁ · T² · mean KL(softmax(Z_P/T) ‖ softmax(Z/T)) − λ₂ · mean H(softmax of the K largest of Z)
                   − λ₃ · Σ_{i≤k} σ_i(Z) / ‖Z‖_F
 
-    The gradient goes to ``hidden`` alone; it is computed in the forward, and scaled in the backward. The λ of
-    ``config`` are used as given, without a schedule. K and k above what the batch has are clamped. Without a valid
-    token the loss is a 0 that is still connected to ``hidden``.
+    and the variants that ``config`` names: the squared distance of Z_P/‖Z_P‖ and Z/‖Z‖, the entropy of the whole
+    vocabulary, the squared covariances (1/V) Σ_{i≠j} Cov²_ij, the nuclear norm and the variance of the leading σ (2024
+    paper, eq. 5 to 12; 2025, eq. 4 to 7). ``head`` may be any ``LinearHead``: bias, scale, soft-cap, an adapter.
+
+    Gradients go to ``hidden`` and to the tensors of ``head`` that require one; they are computed in the forward, and
+    scaled in the backward. The λ of ``config`` are used as given, without a schedule. K and k above what the batch has
+    are clamped. Without a valid token the loss is a 0 that is still connected.
+
+    Memory beyond inputs and gradients is bounded whatever N (chunks of 64 MiB). Terms of the whole batch whose logits
+    are no linear map (SVD under a soft-cap, covariance, normalized squares) hold [N, N] and [N, d] besides; of a
+    soft-cap the SVD term costs three more products of N·V·d.
+
+    A regression head (V = 1, ``config.task="nlu"``, floating-point labels) has the mean squared error in place of CE
+    and of the KL; diversity and SVD are undefined for it, and None.
 
     Args:
         hidden: [N, d] or [B, S, d], the student's last hidden states, float32, bfloat16, float16 or float64.
@@ -87,9 +81,10 @@ def linear_objective(
         labels: whole numbers of hidden's leading shape, already aligned with it; −100 marks a token that is left out.
         config: weights and shapes of the terms.
         teacher_head: another output layer for the teacher, of the same vocabulary; teacher_hidden then has its width.
-            The two logits are subtracted in float32, which keeps less of a small KL than a shared head does.
+            The two logits are subtracted in float32, which keeps less of a small KL than a shared head does. A student
+            with an adapter on its head wants this: its teacher's head is the one without.
         normalizer: what the sums over tokens are divided by, instead of the number of valid tokens of this batch (the
-            number over all micro-batches and ranks). The SVD term is weighted by n_valid / normalizer.
+            number over all micro-batches and ranks). Terms of the whole batch are weighted by n_valid / normalizer.
         impl: "auto", "streaming" or "reference" (everything materialized, autograd: for tests).
 
     Returns:
@@ -98,113 +93,462 @@ def linear_objective(
     Raises:
         ValueError, TypeError: an argument has the wrong shape, type, device or range; the message names it.
     """
-    impl = dispatch.choose(impl)
+    impl = dispatch.choose("linear_objective", impl)
     _check(hidden, teacher_hidden, head, labels, config, teacher_head, normalizer)
-    hidden_rows = hidden.reshape(-1, hidden.shape[-1])  # [B·S, d]
+    own_head = None if teacher_head is None or teacher_head is head else teacher_head
+    hidden_rows = hidden.reshape(-1, hidden.shape[-1])  # [M, d]
     label_rows = labels.reshape(-1)
-    valid = label_rows != IGNORE_INDEX
-    kept = valid.nonzero().squeeze(-1)  # [N]
-    n = kept.numel()
-    if n != len(label_rows):
-        hidden_rows, label_rows = hidden_rows[kept], label_rows[kept]
-    label_rows = label_rows.long()
-    _check_label_range(label_rows, head.weight.shape[0])
     teacher_rows = None
     if config.lambda_consistency != 0 and teacher_hidden is not None:
         teacher_rows = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
-        if n != len(teacher_rows):
-            teacher_rows = teacher_rows[kept]
+    regression = labels.is_floating_point()
+    kept = None if regression else (label_rows != IGNORE_INDEX).nonzero().squeeze(-1)  # [N]
+    n = len(label_rows) if kept is None else len(kept)
+    if kept is not None:
+        label_rows = label_rows.long()
+        _check_label_range(label_rows if n == len(label_rows) else label_rows[kept], head.weight.shape[0])
+        if n == len(label_rows):
+            kept = None
     norm = torch.as_tensor(max(n, 1) if normalizer is None else normalizer, device=hidden.device)
-    n_valid = torch.tensor(n, device=hidden.device)
-    teacher_weight = None if teacher_head is None or teacher_head is head else teacher_head.weight.detach()
 
+    grad_enabled = torch.is_grad_enabled()  # within a Function it never is
     # Autocast would round the logits to half precision; the objective is float32 arithmetic whatever surrounds it.
     with torch.autocast(hidden.device.type, enabled=False):
-        run = _reference_objective if impl == "reference" else _streaming_objective
-        loss, ce, consistency, diversity, svd = run(
-            hidden_rows, teacher_rows, head, teacher_weight, label_rows, config, norm
-        )
+        if regression:
+            sums = _regression_sums(hidden_rows, teacher_rows, head, own_head, label_rows)
+        elif impl == "reference":
+            if kept is not None:
+                hidden_rows, label_rows = hidden_rows[kept], label_rows[kept]
+                teacher_rows = None if teacher_rows is None else teacher_rows[kept]
+            sums = _reference_sums(hidden_rows, teacher_rows, head, own_head, label_rows, config)
+        else:
+            loss, *terms = _Objective.apply(
+                hidden_rows, *head.tensors, teacher_rows, head, own_head, label_rows, kept, config, norm, grad_enabled
+            )
+        if regression or impl == "reference":
+            ce, consistency, diversity, svd = terms = [t / norm for t in sums]
+            loss = ce + config.lambda_consistency * consistency
+            loss = loss + config.lambda_diversity * diversity + config.lambda_svd * svd
+    ce, consistency, diversity, svd = (t.detach() for t in terms)
     return BALoraOutput(
         loss,
-        ce.detach(),
-        consistency.detach() if config.lambda_consistency != 0 else None,
-        diversity.detach() if config.lambda_diversity != 0 else None,
-        svd.detach() if config.lambda_svd != 0 else None,
-        n_valid,
+        ce,
+        consistency if config.lambda_consistency != 0 else None,
+        diversity if config.lambda_diversity != 0 and not regression else None,
+        svd if config.lambda_svd != 0 and not regression else None,
+        torch.tensor(n, device=hidden.device),
     )
 
 
-def _reference_objective(hidden, teacher_hidden, head, teacher_weight, labels, config, norm):
-    z = reference.logits(hidden, head.weight)  # [N, V]
-    norm = norm.to(z.dtype)
-    zero = 0.0 * hidden.sum().to(z.dtype)  # connected, also when no row is left
-    ce = zero + reference.cross_entropy(z, labels) / norm
-    consistency = diversity = svd = zero
+def _reference_sums(
+    hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    head: LinearHead,
+    own_head: LinearHead | None,
+    labels: Tensor,
+    config: BALoraConfig,
+) -> list[Tensor]:
+    """CE, consistency, diversity and SVD as sums over the rows, everything materialized, autograd."""
+    z = _logits(hidden, head)
+    zero = (0.0 * z).sum()
+    n, vocab = z.shape
+    ce, consistency, diversity, svd = (reference.cross_entropy(z, labels) if n else zero, zero, zero, zero)
     if teacher_hidden is not None:
-        z_teacher = reference.logits(teacher_hidden, head.weight.detach() if teacher_weight is None else teacher_weight)
-        consistency = zero + reference.consistency(z, z_teacher, config.temperature) / norm
+        z_teacher = _logits(teacher_hidden, own_head or head).detach()
+        if config.consistency == "kl":
+            consistency = reference.consistency(z, z_teacher, config.temperature)
+        else:
+            consistency = n * reference.normalized_mse(z, z_teacher)
     if config.lambda_diversity != 0:
-        diversity = zero + reference.diversity(z, config.entropy_top_k) / norm
-    if config.lambda_svd != 0 and len(z):
-        svd = zero + reference.svd(z, config.svd_rank) * (len(z) / norm)
-    loss = ce + config.lambda_consistency * consistency + config.lambda_diversity * diversity + config.lambda_svd * svd
-    return loss, ce, consistency, diversity, svd
+        if config.diversity == "topk":
+            diversity = reference.diversity(z, config.entropy_top_k)
+        else:
+            diversity = reference.entropy(z) if config.diversity == "full" else n * reference.covariance(z)
+    if config.lambda_svd != 0 and n:
+        svd = n * reference.svd(z, rank_of(config.svd_rank, min(n, vocab)), config.svd_norm, config.svd_variance)
+    return [ce, consistency, diversity, svd]
 
 
-def _streaming_objective(hidden, teacher_hidden, head, teacher_weight, labels, config, norm):
-    if head.weight.requires_grad:
-        raise ValueError("head: a head that is trained needs impl='reference'; found a weight that requires a gradient")
-    gram = head.gram if config.lambda_svd != 0 else None
-    return _Streaming.apply(hidden, teacher_hidden, head.weight, teacher_weight, gram, labels, config, norm)
+def _regression_sums(
+    hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    head: LinearHead,
+    own_head: LinearHead | None,
+    labels: Tensor,
+) -> list[Tensor]:
+    """A single column of logits: there is nothing to stream, autograd does it."""
+    z = _logits(hidden, head).squeeze(-1)
+    zero = torch.zeros_like(z).sum()
+    consistency = zero
+    if teacher_hidden is not None:
+        consistency = reference.squared_error(z, _logits(teacher_hidden, own_head or head).squeeze(-1).detach())
+    return [reference.squared_error(z, labels.to(z.dtype)), consistency, zero, zero]
 
 
-class _Streaming(torch.autograd.Function):
-    """The gradient by the hidden states is finished in the forward; the backward scales it."""
+def _logits(hidden: Tensor, head: LinearHead) -> Tensor:
+    return reference.logits(hidden, head.weight, head.bias, head.softcap, head.scale, head.lora)
+
+
+class _Objective(torch.autograd.Function):
+    """The gradients, of sums, are finished in the forward; the backward divides by the normalizer and scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, teacher_hidden, weight, teacher_weight, gram, labels, config, norm):
-        need_grad = ctx.needs_input_grad[0]
-        terms = streaming.token_terms(
+    def forward(
+        ctx, hidden, weight, bias, lora_a, lora_b, teacher_hidden, head, own_head, labels, kept, config, norm, grad
+    ):
+        terms, gradients = streaming.objective(
             hidden,
             teacher_hidden,
-            weight,
+            head,
+            own_head,
             labels,
-            teacher_weight=teacher_weight,
-            lambda_consistency=config.lambda_consistency,
-            lambda_diversity=config.lambda_diversity,
-            temperature=config.temperature,
-            top_k=config.entropy_top_k,
-            need_grad=need_grad,
+            kept,
+            config,
+            tuple(n and grad for n in ctx.needs_input_grad[:5]),
         )
-        dtype = terms.ce.dtype
-        norm = norm.to(dtype)
-        ce, consistency, diversity = terms.ce / norm, terms.consistency / norm, terms.diversity / norm
-        svd = torch.zeros_like(ce)
-        grad = terms.grad_hidden
-        if grad is not None:
-            grad /= norm
-        if gram is not None and len(hidden):
-            weight_of_batch = len(hidden) / norm
-            svd, svd_grad = spectral.svd_ratio(hidden, gram, config.svd_rank, weight.shape[0], need_grad)
-            svd = svd.to(dtype) * weight_of_batch
-            if grad is not None:
-                grad += (config.lambda_svd * weight_of_batch) * svd_grad
-        if grad is not None:
-            # float16 would flush the small entries before a loss scale can lift them; bfloat16 has the range.
-            ctx.save_for_backward(grad if hidden.dtype == torch.float16 else grad.to(hidden.dtype))
-            ctx.dtype = hidden.dtype
-        loss = (
-            ce + config.lambda_consistency * consistency + config.lambda_diversity * diversity + config.lambda_svd * svd
-        )
+        ctx.save_for_backward(norm, *gradients)
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, lora_a, lora_b)]
+        ce, consistency, diversity, svd = (t / norm.to(t.dtype) for t in terms)
+        loss = ce + config.lambda_consistency * consistency
+        loss = loss + config.lambda_diversity * diversity + config.lambda_svd * svd
         ctx.mark_non_differentiable(ce, consistency, diversity, svd)
         return loss, ce, consistency, diversity, svd
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
-        (grad,) = ctx.saved_tensors
-        wide = torch.promote_types(grad.dtype, torch.float32)  # a scale of 1/3 must not be rounded to bfloat16
-        return (grad.to(wide) * grad_loss.to(wide)).to(ctx.dtype), *[None] * 7
+        norm, *gradients = ctx.saved_tensors
+        scaled = [_scaled(g, grad_loss / norm, dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return *scaled, *[None] * 8
+
+
+def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """grad · scale in the type ``dtype``, multiplied in float32: a scale of 1/3 must not be rounded to bfloat16."""
+    if grad is None:
+        return None
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    if grad.dtype == wide:
+        return (grad * scale.to(wide)).to(dtype)
+    out = torch.empty_like(grad, dtype=dtype)
+    step = max(1, 2**22 // max(1, grad[0].numel())) if len(grad) else 1  # no second copy of it all
+    for part, into in zip(grad.split(step), out.split(step), strict=True):
+        into.copy_(part.to(wide) * scale.to(wide))
+    return out
+
+
+def consistency_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 2.0,
+    valid: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """T² · mean_n KL( softmax(Z_P,n / T) ‖ softmax(Z_n / T) ), teacher first (2025 paper, eq. 4 and 9).
+
+    No softmax is stored: forward and backward each read the logits once, in blocks of rows, in float32. The gradient,
+    T (softmax(Z/T) − softmax(Z_P/T)) / n, goes to the student alone, in its type.
+
+    Args:
+        student_logits: Z [N, V] or [B, S, V], floating point, of any strides.
+        teacher_logits: Z_P, of the same shape and device.
+        temperature: T, above 0. 1 is the 2024 paper's (eq. 10).
+        valid: a boolean mask of the leading shape; rows that are False are left out. None: all rows.
+        normalizer: what the sum over rows is divided by, instead of their number.
+        impl: "auto", "streaming" or "reference".
+
+    Returns:
+        [] in float32 (float64 for float64 logits). Without a valid row a 0 that is still connected.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+    """
+    impl = dispatch.choose("consistency_loss", impl)
+    student, kept, norm = _logit_rows("student_logits", student_logits, valid, normalizer)
+    _check_same_logits("teacher_logits", teacher_logits, "student_logits", student_logits)
+    _check_positive("temperature", temperature)
+    teacher = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
+    with torch.autocast(student.device.type, enabled=False):
+        if impl == "reference":
+            return reference.consistency(_wide(student, kept), _wide(teacher, kept), temperature) / norm
+        return _Consistency.apply(student, teacher, temperature, kept, norm)
+
+
+class _Consistency(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, z_teacher, temperature, kept, norm):
+        ctx.save_for_backward(z, z_teacher, kept, norm)
+        ctx.temperature = temperature
+        total = streaming.consistency(z, z_teacher, temperature, kept)
+        return (total / norm).to(torch.promote_types(z.dtype, torch.float32))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        z, z_teacher, kept, norm = ctx.saved_tensors
+        out = torch.zeros_like(z) if kept is not None else torch.empty_like(z)
+        scale = (grad_loss / norm).to(torch.promote_types(z.dtype, torch.float32))
+        streaming.consistency(z, z_teacher, ctx.temperature, kept, out, scale)
+        return out, *[None] * 4
+
+
+def diversity_loss(
+    logits: Tensor,
+    top_k: int = 20,
+    valid: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """− mean_n H( softmax of Z_n restricted to its own K largest entries ), in nats (2025 paper, eq. 10).
+
+    No temperature, not divided by log K; ties across the K-th place go to the lower index. Only K entries of a row
+    have a gradient, q_j (log q_j + H) / n: they are kept from the forward, nothing of size [N, V] but the gradient is
+    written.
+
+    Args:
+        logits: Z [N, V] or [B, S, V], floating point, of any strides.
+        top_k: K, at least 1; above V it means V.
+        valid, normalizer, impl: as in ``consistency_loss``.
+
+    Returns:
+        [] in float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+    """
+    impl = dispatch.choose("diversity_loss", impl)
+    z, kept, norm = _logit_rows("logits", logits, valid, normalizer)
+    check_whole("top_k", top_k)
+    with torch.autocast(z.device.type, enabled=False):
+        if impl == "reference":
+            return reference.diversity(_wide(z, kept), top_k) / norm
+        return _Diversity.apply(z, top_k, kept, norm)
+
+
+class _Diversity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, top_k, kept, norm):
+        total, gradient, where = streaming.diversity(z, top_k, kept)
+        ctx.save_for_backward(gradient, where, kept, norm)
+        ctx.like = z.shape, z.dtype
+        return (total / norm).to(gradient.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        gradient, where, kept, norm = ctx.saved_tensors
+        shape, dtype = ctx.like
+        out = torch.zeros(shape, dtype=dtype, device=gradient.device)
+        scaled = (gradient * (grad_loss / norm).to(gradient.dtype)).to(dtype)
+        at = torch.arange(len(where), device=out.device) if kept is None else kept
+        out[at[:, None], where] = scaled
+        return out, None, None, None
+
+
+def svd_loss(
+    logits: Tensor, rank: float = 10, norm: str = "fro", valid: Tensor | None = None, impl: str = "auto"
+) -> Tensor:
+    """− Σ_{i≤k} σ_i(Z) / ‖Z‖, not centred; the rows are those of the batch (2025 paper, eq. 7 and 11).
+
+    From the smaller Gram matrix of Z, collected over tiles: exact up to its rounding where min(N, V) ≤ 512 or the norm
+    is nuclear, else by block Krylov iteration (largest relative error of a σ on a flat random spectrum 1.6e-5). The
+    gradient is −Σ_{i≤k} u_i v_iᵀ / ‖Z‖ plus a multiple of Z; singular vectors of the size of V are not stored.
+
+    Args:
+        logits: Z [N, V] or [B, S, V], floating point, of any strides.
+        rank: k, a whole number of at least 1, or (a float) a fraction of all min(N, V) singular values. Above their
+            number it means all.
+        norm: "fro" (Frobenius) or "nuclear" (the sum of all singular values).
+        valid: as in ``consistency_loss``.
+        impl: "auto", "streaming" or "reference".
+
+    Returns:
+        [] in float32 (float64 for float64 logits). Of a zero matrix, or without a valid row, a connected 0.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+    """
+    impl = dispatch.choose("svd_loss", impl)
+    z, kept, _ = _logit_rows("logits", logits, valid, None)
+    check_rank("rank", rank)
+    if norm not in ("fro", "nuclear"):
+        raise ValueError(f"norm: expected 'fro' or 'nuclear', found {norm!r}")
+    n = len(z) if kept is None else len(kept)
+    k = rank_of(rank, min(n, z.shape[1]))
+    with torch.autocast(z.device.type, enabled=False):
+        if impl == "reference":
+            wide = _wide(z, kept)
+            return reference.svd(wide, k, norm) if n else (0.0 * wide).sum()
+        return _Batch.apply(z, kept, {"lambda_svd": 1.0, "rank": k, "norm": norm})
+
+
+def covariance_loss(logits: Tensor) -> Tensor:
+    """(1/C) Σ_{i≠j} Cov(Z)²_ij, Cov = (Z − Z̄)ᵀ(Z − Z̄)/(M − 1) (2024 paper, eq. 6 and 7; 2025, eq. 5 and 6).
+
+    From the smaller of the [C, C] and [M, M] matrices. The implementation is what BALORA_IMPL names, or "streaming".
+
+    Args:
+        logits: Z [M, C], the class logits of a batch, floating point.
+
+    Returns:
+        [] in float32 (float64 for float64 logits). Of fewer than two rows a 0 that is still connected.
+
+    Raises:
+        ValueError, TypeError: the logits do not fit.
+    """
+    impl = dispatch.choose("covariance_loss")
+    z, _, _ = _logit_rows("logits", logits, None, None)
+    with torch.autocast(z.device.type, enabled=False):
+        if impl == "reference":
+            return reference.covariance(_wide(z, None))
+        return _Batch.apply(z, None, {"lambda_covariance": 1.0})
+
+
+class _Batch(torch.autograd.Function):
+    """A term of the whole batch, from logits."""
+
+    @staticmethod
+    def forward(ctx, z, kept, terms):
+        wide = torch.promote_types(z.dtype, torch.float32)
+        n = len(z) if kept is None else len(kept)
+        ctx.solver = None
+        if n == 0:
+            ctx.save_for_backward(z, kept)
+            return z.new_zeros((), dtype=wide)
+        solver = batch.Batch((n, z.shape[1]), z.new_empty(0, dtype=wide), **terms)
+        for at in solver.tiles():
+            solver.collect((z[:, at] if kept is None else z[kept, at]).to(wide))
+        found = solver.solve(need_grad=ctx.needs_input_grad[0])
+        ctx.save_for_backward(z, kept)
+        ctx.solver = solver
+        return (found.svd + found.covariance).to(wide)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        z, kept = ctx.saved_tensors
+        out = torch.zeros_like(z)
+        if ctx.solver is not None:
+            wide = torch.promote_types(z.dtype, torch.float32)
+            for at in ctx.solver.tiles():
+                part = ctx.solver.gradient((z[:, at] if kept is None else z[kept, at]).to(wide)) * grad_loss
+                if kept is None:
+                    out[:, at] = part
+                else:
+                    out[kept, at] = part.to(out.dtype)
+        return out, None, None
+
+
+def randomized_svd(
+    a: Tensor, rank: int, oversample: int = 10, n_iter: int = 2, seed: int = 0, impl: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets A ≈ U diag(S) Vh of a batch of matrices (Halko, Martinsson and Tropp, 2011).
+
+    A sketch of rank + oversample random combinations of the columns, n_iter power iterations, a small decomposition;
+    the whole batch at once. The expected error of a σ falls like (σ_{l+1}/σ_i)^(4·n_iter + 2), l = rank + oversample;
+    where l reaches min(m, n) it is exact up to rounding. The same bits for the same seed.
+
+    The gradient goes through S alone: ∂L/∂A = U diag(∂L/∂S) Vh, 0 where a σ is 0. U and Vh are detached.
+
+    Args:
+        a: [..., m, n], floating point; half precision is computed in float32.
+        rank: k, at least 1; above min(m, n) it means min(m, n).
+        oversample: further columns of the sketch, at least 0.
+        n_iter: power iterations, at least 0.
+        seed: of the sketch.
+        impl: "auto", "torch", "cuda", or "reference" (a full decomposition, differentiable in all three: for tests).
+
+    Returns:
+        U [..., m, k], S [..., k] descending, Vh [..., k, n], in float32 (float64 for float64 inputs), with orthonormal
+        columns and rows for rank-deficient and zero matrices too. A matrix with a NaN or infinite entry gives NaN.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+    """
+    impl = dispatch.choose("randomized_svd", impl)
+    if not isinstance(a, Tensor) or not a.is_floating_point():
+        raise TypeError(f"a: expected a floating-point tensor [..., m, n], found {describe(a)}")
+    if a.dim() < 2 or 0 in a.shape[-2:]:
+        raise ValueError(f"a: expected the shape [..., m, n] with m and n of at least 1, found {describe(a)}")
+    check_whole("rank", rank)
+    for name, value in (("oversample", oversample), ("n_iter", n_iter), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected a whole number, found {describe(value)}")
+        if value < 0:
+            raise ValueError(f"{name}: expected 0 or more, found {value!r}")
+    with torch.autocast(a.device.type, enabled=False):
+        if impl == "reference":
+            return reference.randomized_svd(a.to(torch.promote_types(a.dtype, torch.float32)), rank)
+        u, s, vh = _RandomizedSVD.apply(a, rank, oversample, n_iter, seed)
+        return u, s, vh
+
+
+class _RandomizedSVD(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, rank, oversample, n_iter, seed):
+        u, s, vh = spectral.randomized_svd(a, rank, oversample, n_iter, seed)
+        ctx.save_for_backward(u, s, vh)
+        ctx.dtype = a.dtype
+        ctx.mark_non_differentiable(u, vh)
+        return u, s, vh
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, _, grad_s, __):
+        u, s, vh = ctx.saved_tensors
+        noise = s[..., :1] * torch.finfo(s.dtype).eps
+        grad_s = torch.where(s <= noise, torch.zeros_like(grad_s), grad_s)
+        return ((u * grad_s[..., None, :]) @ vh).to(ctx.dtype), *[None] * 4
+
+
+def _logit_rows(name: str, logits: Any, valid: Any, normalizer: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Logits as rows [N, V], the indices of the valid ones (None for all), and what sums are divided by."""
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor [N, V], found {describe(logits)}")
+    if logits.dim() < 2 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"{name}: expected the shape [N, V] or [B, S, V] with V of at least 1, found {describe(logits)}"
+        )
+    rows = logits.reshape(-1, logits.shape[-1])
+    kept = None
+    if valid is not None:
+        if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+            raise TypeError(f"valid: expected a boolean tensor, found {describe(valid)}")
+        if valid.shape != logits.shape[:-1] and valid.shape != rows.shape[:1]:
+            raise ValueError(
+                f"valid: expected the leading shape of {name}, {list(logits.shape[:-1])}, found {describe(valid)}"
+            )
+        if valid.device != logits.device:
+            raise ValueError(f"valid: expected the device of {name}, {logits.device}, found {valid.device}")
+        kept = valid.reshape(-1).nonzero().squeeze(-1)
+        if len(kept) == len(rows):
+            kept = None
+    _check_normalizer(normalizer)
+    n = len(rows) if kept is None else len(kept)
+    return rows, kept, torch.as_tensor(max(n, 1) if normalizer is None else normalizer, device=logits.device)
+
+
+def _wide(z: Tensor, kept: Tensor | None) -> Tensor:
+    """The kept rows in float32 (float64 for float64)."""
+    return (z if kept is None else z[kept]).to(torch.promote_types(z.dtype, torch.float32))
+
+
+def _check_same_logits(name: str, value: Any, other: str, logits: Tensor) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, found {describe(value)}")
+    if value.shape != logits.shape:
+        raise ValueError(f"{name}: expected the shape of {other}, {list(logits.shape)}, found {describe(value)}")
+    if value.device != logits.device:
+        raise ValueError(f"{name}: expected the device of {other}, {logits.device}, found {value.device}")
+    if (value.dtype == torch.float64) != (logits.dtype == torch.float64):
+        raise TypeError(f"{name}: {other} is {logits.dtype}, found {value.dtype}; float64 does not mix")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, found {describe(value)}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number above 0, found {value!r}")
 
 
 def _check(hidden, teacher_hidden, head, labels, config, teacher_head, normalizer) -> None:
@@ -213,20 +557,21 @@ def _check(hidden, teacher_hidden, head, labels, config, teacher_head, normalize
     if not isinstance(config, BALoraConfig):
         raise TypeError(f"config: expected a BALoraConfig, found {type(config).__name__}")
     if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
-        raise TypeError(f"hidden: expected a floating-point tensor, found {_describe(hidden)}")
+        raise TypeError(f"hidden: expected a floating-point tensor, found {describe(hidden)}")
     d = head.weight.shape[1]
     if hidden.dim() not in (2, 3) or hidden.shape[-1] != d:
-        raise ValueError(f"hidden: expected the shape [N, {d}] or [B, S, {d}], found {_describe(hidden)}")
+        raise ValueError(f"hidden: expected the shape [N, {d}] or [B, S, {d}], found {describe(hidden)}")
     if hidden.device != head.weight.device:
         raise ValueError(f"hidden: expected the head's device {head.weight.device}, found {hidden.device}")
     if (hidden.dtype == torch.float64) != (head.weight.dtype == torch.float64):
         raise TypeError(f"hidden: the head is {head.weight.dtype}, found {hidden.dtype}; float64 does not mix")
-    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels: expected whole numbers (int64), found {_describe(labels)}")
+    regression = config.task == "nlu" and head.weight.shape[0] == 1
+    if not isinstance(labels, Tensor) or not (
+        labels.dtype in (torch.int64, torch.int32) or (regression and labels.is_floating_point())
+    ):
+        raise TypeError(f"labels: expected whole numbers (int64), found {describe(labels)}")
     if labels.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"labels: expected hidden's leading shape {list(hidden.shape[:-1])}, found {_describe(labels)}"
-        )
+        raise ValueError(f"labels: expected hidden's leading shape {list(hidden.shape[:-1])}, found {describe(labels)}")
     if labels.device != hidden.device:
         raise ValueError(f"labels: expected hidden's device {hidden.device}, found {labels.device}")
     width = d
@@ -249,19 +594,23 @@ def _check(hidden, teacher_hidden, head, labels, config, teacher_head, normalize
                 "are needed; found None"
             )
     elif not isinstance(teacher_hidden, Tensor) or teacher_hidden.dtype != hidden.dtype:
-        raise TypeError(f"teacher_hidden: expected hidden's type {hidden.dtype}, found {_describe(teacher_hidden)}")
+        raise TypeError(f"teacher_hidden: expected hidden's type {hidden.dtype}, found {describe(teacher_hidden)}")
     elif teacher_hidden.shape != (*hidden.shape[:-1], width):
         raise ValueError(
-            f"teacher_hidden: expected the shape {[*hidden.shape[:-1], width]}, found {_describe(teacher_hidden)}"
+            f"teacher_hidden: expected the shape {[*hidden.shape[:-1], width]}, found {describe(teacher_hidden)}"
         )
     elif teacher_hidden.device != hidden.device:
         raise ValueError(f"teacher_hidden: expected hidden's device {hidden.device}, found {teacher_hidden.device}")
+    _check_normalizer(normalizer)
+
+
+def _check_normalizer(normalizer: Any) -> None:
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
-            raise ValueError(f"normalizer: expected one number, found {_describe(normalizer)}")
+            raise ValueError(f"normalizer: expected one number, found {describe(normalizer)}")
     elif normalizer is not None:
         if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
-            raise TypeError(f"normalizer: expected a number or a tensor of one, found {_describe(normalizer)}")
+            raise TypeError(f"normalizer: expected a number or a tensor of one, found {describe(normalizer)}")
         if not (math.isfinite(normalizer) and normalizer > 0):
             raise ValueError(f"normalizer: expected a finite number above 0, found {normalizer!r}")
 
@@ -273,9 +622,3 @@ def _check_label_range(labels: Tensor, vocab: int) -> None:
     if low < 0 or high >= vocab:
         worst = int(low if low < 0 else high)
         raise ValueError(f"labels: expected {IGNORE_INDEX} or 0 to {vocab - 1} (the vocabulary), found {worst}")
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {list(value.shape)}"
-    return f"{value!r} of type {type(value).__name__}"

@@ -1,24 +1,27 @@
-"""Singular values of the logits from [d, d] matrices: the vocabulary never appears.
+"""Singular values from small matrices: the SVD term without the vocabulary, and the batched randomized SVD.
 
-With Z = H Wᵀ, G = WᵀW = C Cᵀ and S = HᵀH, the squared singular values of Z are the eigenvalues of Cᵀ S C, and with its
-eigenvectors x_i and g_i = C x_i the gradient of −Σ_{i≤k} σ_i / ‖Z‖_F by H is H·K, K a [d, d] matrix. Two products of
-N·d² replace a singular value decomposition of [N, V].
+The SVD term. With Z = X Wᵀ, S = XᵀX and G = WᵀW = C Cᵀ, the squared singular values of Z are the eigenvalues of
+Cᵀ S C, and with its eigenvectors x_i and g_i = C x_i every gradient that the term needs is X·K or W·K_W with [d, d]
+matrices. Two products of N·d² replace a singular value decomposition of [N, V]. Where the logits are not X Wᵀ (a
+soft-cap) or are given themselves, the same equations hold with S = Z Zᵀ, and C and G the identity.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Up to this hidden size a full symmetric eigendecomposition costs less than it is worth to avoid.
+# Up to this size a full symmetric eigendecomposition costs less than it is worth to avoid.
 _EIGH_MAX_D = 512
 # Block Krylov: the span of all steps together, not the last step alone. On the flat spectrum of random matrices, the
 # worst case (N 2048, d 1024, V 32,000), the largest error of a σ is 1.6e-5; subspace iteration leaves 1.4e-2.
 _STEPS = 12
 _OVERSAMPLE = 10
 _SEED = 0
+_SHIFTED = 3  # steps of CholeskyQR with a shift
 _ROWS = 4096  # rows that are widened to the accumulation type at a time
 
 
@@ -27,6 +30,14 @@ class HeadGram(NamedTuple):
 
     gram: Tensor  # [d, d]
     factor: Tensor  # [d, d]
+
+
+class SVDTerm(NamedTuple):
+    """The value, and what its gradient is made of: by X it is X·K, by W it is W·K_W."""
+
+    value: Tensor  # []
+    k: Tensor | None  # [d, d]
+    k_weight: Tensor | None  # [d, d]
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -39,73 +50,127 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.device.type == "cpu" or tensor.dtype == torch.float64 else torch.float32
 
 
-def gram(rows: Tensor) -> Tensor:
-    """rowsᵀ rows, accumulated in ``accumulation_dtype``. rows [n, d] -> [d, d]."""
-    dtype = accumulation_dtype(rows)
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=dtype, device=rows.device)
-    for block in rows.split(_ROWS):
-        wide = block.to(dtype)
-        total.addmm_(wide.T, wide)
+def gram(blocks: Iterable[Tensor]) -> Tensor:
+    """Σ blockᵀ block in ``accumulation_dtype``, over blocks of rows [n_i, d]; one block at least -> [d, d]."""
+    total = None
+    for block in blocks:
+        for part in block.split(_ROWS):
+            wide = part.to(accumulation_dtype(part))
+            if total is None:
+                total = torch.zeros(wide.shape[1], wide.shape[1], dtype=wide.dtype, device=wide.device)
+            total.addmm_(wide.T, wide)
+    assert total is not None
     return total
 
 
-def head_gram(weight: Tensor) -> HeadGram:
-    """The Gram matrix of a head and its factor. Once for a frozen head: V·d² operations. weight [V, d]."""
-    g = gram(weight.detach())
-    factor, info = torch.linalg.cholesky_ex(g)
-    if not torch.isfinite(g).all():
-        factor = torch.full_like(g, torch.nan)
-    elif info.item() != 0:  # singular: fewer rows than columns, or dependent ones
-        values, vectors = torch.linalg.eigh(g)
-        factor = vectors * values.clamp_min(0).sqrt()
-    return HeadGram(g, factor)
+def head_gram(weight: Tensor, extra: Tensor | None = None, known: Tensor | None = None) -> HeadGram:
+    """The Gram matrix of a head and its factor: V·d² operations, once for a frozen head.
 
-
-def svd_ratio(hidden: Tensor, head: HeadGram, rank: int, vocab: int, need_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """−Σ_{i≤k} σ_i(H Wᵀ) / ‖H Wᵀ‖_F and, if asked for, its gradient by H (2025 paper, eq. 11).
-
-    Exact for d ≤ 512. Above, 12 steps of block Krylov iteration from a seeded start, k + 10 columns wide: the same bits
-    on every run. Of a zero matrix the value is 0, and so is its gradient; a σ_i of 0 adds nothing to the gradient.
-
-    hidden [N, d] with N ≥ 1 -> value [], gradient [N, d], both in ``accumulation_dtype``.
+    weight [V, d]; extra [V, e] are further columns, of an adapter and a bias; known is weightᵀ·weight [d, d], where
+    that is at hand. -> [d + e, d + e].
     """
-    s = gram(hidden)  # [d, d]
-    g, c = head
-    s, g, c = s.to(c.dtype), g.to(c.dtype), c.to(c.dtype)
-    rank = min(rank, hidden.shape[0], vocab, hidden.shape[1])
-    values, vectors = _leading_eigenpairs(s, c, rank)  # [k], [d, k]
+    g = gram([weight]) if known is None else known
+    if extra is not None:
+        wide = [(w.to(g.dtype), e.to(g.dtype)) for w, e in zip(weight.split(_ROWS), extra.split(_ROWS), strict=True)]
+        cross = sum(w.T @ e for w, e in wide)  # [d, e]
+        corner = sum(e.T @ e for _, e in wide)  # [e, e]
+        g = torch.cat([torch.cat([g, cross], 1), torch.cat([cross.T, corner], 1)])
+    return HeadGram(g, _factor(g))
+
+
+def _factor(g: Tensor) -> Tensor:
+    """C with C Cᵀ = G up to rounding. A G that is singular (fewer rows than columns, an adapter that starts at 0) gets
+    a diagonal of the size of its rounding, so that the triangular factor exists."""
+    if not torch.isfinite(g).all():
+        return torch.full_like(g, torch.nan)
+    rounding = g.diagonal().mean() * (len(g) * torch.finfo(g.dtype).eps)
+    for jitter in (0, 1, 100):
+        factor, info = torch.linalg.cholesky_ex(g + jitter * rounding * torch.eye(len(g)).to(g) if jitter else g)
+        if info.item() == 0:
+            return factor
+    values, vectors = torch.linalg.eigh(g)
+    return vectors * values.clamp_min(0).sqrt()
+
+
+def svd_term(
+    s: Tensor,
+    head: HeadGram | None,
+    rank: int,
+    *,
+    norm: str = "fro",
+    variance: float = 0.0,
+    iterate: torch.dtype | None = None,
+    need_grad: bool = True,
+    need_weight_grad: bool = False,
+) -> SVDTerm:
+    """−( Σ_{i≤k} σ_i / ‖Z‖ + α·Var(σ_1 … σ_k) ) for Z = X Wᵀ and its gradients (2025 paper, eq. 7 and 11).
+
+    ‖Z‖ is the Frobenius norm (``"fro"``) or the sum of all singular values (``"nuclear"``); Var divides by k.
+    Exact for d ≤ 512 and for the nuclear norm. Above, 12 steps of block Krylov iteration from a seeded start, k + 10
+    columns wide, then a Rayleigh-Ritz step: the same bits on every run. Of a zero matrix the value is 0, and so is its
+    gradient; a σ_i of 0 adds nothing to the gradient.
+
+    Args:
+        s: XᵀX [d, d] (or Z Zᵀ, with head None: then the gradient by Z is K·Z).
+        head: of W, None for the identity.
+        rank: k, no more than the number of singular values.
+        iterate: the type of the Krylov products, where that is not s's own.
+    """
+    g, c = (None, None) if head is None else (m.to(s.dtype) for m in head)
+    rank = min(rank, len(s))
+    values, vectors = _leading_eigenpairs(s, c, len(s) if norm == "nuclear" else rank, iterate or s.dtype)
     # Below the rounding of the Gram matrices an eigenvalue is noise, and its direction arbitrary: it counts as 0.
     noise = values[:1] * torch.finfo(s.dtype).eps * 8
-    values = torch.where(values <= noise, torch.zeros_like(values), values)  # keeps NaN
-    sigma = values.sqrt()
-    norm = (s * g).sum().clamp_min(0).sqrt()  # ‖Z‖_F
-    zero = norm == 0
-    norm = norm.masked_fill(zero, 1.0)
-    value = -(sigma.sum() / norm)
+    sigma = torch.where(values <= noise, torch.zeros_like(values), values).sqrt()  # keeps NaN
+    leading = sigma[:rank]
+    squares = s.trace() if g is None else (s * g).sum()  # ‖Z‖²_F
+    whole = sigma.sum() if norm == "nuclear" else squares.clamp_min(0).sqrt()
+    zero = whole == 0
+    whole = whole.masked_fill(zero, 1.0)
+    value = -(leading.sum() / whole + variance * leading.var(correction=0))
     if not need_grad:
-        return value, None
-    directions = c @ vectors  # [d, k]: the g_i
-    inverse = torch.where(sigma == 0, torch.zeros_like(sigma), 1.0 / sigma)
-    k = (sigma.sum() / norm**3) * g - (directions * (inverse / norm)) @ directions.T  # [d, d]
-    k = k.masked_fill(zero, 0.0)
-    return value, torch.cat([block.to(k.dtype) @ k for block in hidden.split(_ROWS)])
+        return SVDTerm(value, None, None)
+
+    slope = torch.zeros_like(sigma)  # ∂value/∂σ_i, at fixed ‖Z‖_F
+    slope[:rank] = -1 / whole - (2 * variance / rank) * (leading - leading.mean())
+    multiple = torch.zeros_like(whole)  # what ‖Z‖_F adds: this multiple of Z
+    if norm == "nuclear":
+        slope += leading.sum() / whole**2
+    else:
+        multiple = leading.sum() / whole**3
+    slope = torch.where((sigma == 0) | zero, torch.zeros_like(slope), slope)
+    inverse = torch.where(sigma == 0, torch.zeros_like(sigma), 1 / sigma)
+    multiple = multiple.masked_fill(zero, 0.0)
+    directions = vectors if c is None else c @ vectors  # [d, k]: the g_i
+    k = (directions * (slope * inverse)) @ directions.T
+    k = k + multiple * g if g is not None else k.diagonal_scatter(k.diagonal() + multiple)
+    if not need_weight_grad:
+        return SVDTerm(value, k, None)
+    seen = s @ directions
+    return SVDTerm(value, k, (seen * (slope * inverse**3)) @ seen.T + multiple * s)
 
 
-def _leading_eigenpairs(s: Tensor, c: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _leading_eigenpairs(s: Tensor, c: Tensor | None, k: int, iterate: torch.dtype) -> tuple[Tensor, Tensor]:
     """The k largest eigenvalues of Cᵀ S C, descending, and their vectors. s, c [d, d] -> [k], [d, k]."""
     d = len(s)
     width = k + _OVERSAMPLE
     if d <= _EIGH_MAX_D or _STEPS * width >= d:
-        values, vectors = _eigh(c.T @ s @ c)
+        values, vectors = _eigh(s if c is None else c.T @ s @ c)
         return values[-k:].flip(0), vectors[:, -k:].flip(1)
+    # Rounding of the iteration tilts the basis a little; the Ritz step sees that only squared. So the iteration may
+    # run in a narrower type than the step.
+    low = s.to(iterate)
+    left, right = (None, None) if c is None else (c.to(iterate).T.contiguous(), c.to(iterate))
     start = torch.Generator().manual_seed(_SEED)
-    x = torch.randn(d, width, generator=start, dtype=torch.float64).to(s)  # [d, k + 10]
+    x = torch.randn(d, width, generator=start, dtype=torch.float64).to(low)  # [d, k + 10]
     blocks = []
     for _ in range(_STEPS):
-        x = torch.linalg.qr(c.T @ (s @ (c @ x))).Q
+        x = low @ x if left is None or right is None else left @ (low @ (right @ x))
+        x = torch.linalg.qr(x).Q
         blocks.append(x)
-    basis = torch.linalg.qr(torch.cat(blocks, dim=1)).Q  # [d, 12 (k + 10)]
-    y = c @ basis
+    del low, left, right
+    basis = torch.linalg.qr(torch.cat(blocks, dim=1).to(s.dtype)).Q  # [d, 12 (k + 10)]
+    y = basis if c is None else c @ basis
     values, small = _eigh(y.T @ (s @ y))
     return values[-k:].flip(0), basis @ small[:, -k:].flip(1)
 
@@ -115,3 +180,65 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if torch.isfinite(matrix).all():
         return torch.linalg.eigh(matrix)
     return torch.full_like(matrix[0], torch.nan), torch.full_like(matrix, torch.nan)
+
+
+def randomized_svd(a: Tensor, rank: int, oversample: int, n_iter: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets of a batch of matrices (Halko, Martinsson and Tropp, 2011, alg. 4.4 and 5.1).
+
+    A sketch Y = AΩ of rank + oversample columns, n_iter power iterations, each orthonormalized by shifted CholeskyQR:
+    products and small factorizations of the whole batch at once. Float32 arithmetic for half precision.
+
+    a [..., m, n] -> U [..., m, k], S [..., k], Vh [..., k, n] with k = min(rank, m, n), in the arithmetic's type. U and
+    Vh have orthonormal columns and rows for rank-deficient and zero matrices too. A matrix with a NaN or infinite entry
+    gives NaN.
+    """
+    shape = a.shape
+    a = a.reshape(-1, *shape[-2:])
+    a = a.to(torch.promote_types(a.dtype, torch.float32))
+    broken = ~torch.isfinite(a).flatten(1).all(1)  # [batch]
+    if broken.any():
+        a = a.masked_fill(broken[:, None, None], 0.0)
+    # The largest entry is scaled to 1: squares neither overflow nor vanish.
+    scale = a.abs().amax((-2, -1), keepdim=True) if a.numel() else a.new_ones(len(a), 1, 1)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    a = a / scale
+    m, n = a.shape[-2:]
+    k = min(rank, m, n)
+    width = min(k + oversample, m, n)
+    generator = torch.Generator().manual_seed(seed)
+    omega = torch.randn(n, width, generator=generator, dtype=torch.float64).to(a)  # [n, l]
+    q = orthonormal(a @ omega, generator)  # [batch, m, l]
+    for _ in range(n_iter):
+        p = orthonormal(a.mT @ q, generator)  # [batch, n, l]
+        q = orthonormal(a @ p, generator)
+    b = q.mT @ a  # [batch, l, n]
+    p = orthonormal(b.mT, generator)
+    # Projected anew: the triangular factor would carry the shifts.
+    u, s, vh = torch.linalg.svd(b @ p)  # of [batch, l, l]
+    u, s, vh = q @ u[..., :k], s[..., :k] * scale[:, 0], vh[..., :k, :] @ p.mT
+    u, s, vh = (x.masked_fill(broken.view(-1, *[1] * (x.dim() - 1)), torch.nan) for x in (u, s, vh))
+    return u.reshape(*shape[:-2], m, k), s.reshape(*shape[:-2], k), vh.reshape(*shape[:-2], k, n)
+
+
+def orthonormal(y: Tensor, generator: torch.Generator) -> Tensor:
+    """Orthonormal columns that span those of Y, by shifted CholeskyQR (Fukaya et al., 2020).
+
+    Products and Cholesky factorizations batch where ``torch.linalg.qr`` loops over the matrices. Where columns depend
+    on each other, noise of the size of their rounding takes the missing directions: the condition is then 1/eps, of
+    which every shifted step takes a factor of about sqrt(shift); two plain steps follow. y [batch, m, l], m ≥ l.
+    """
+    m, width = y.shape[-2:]
+    eps = torch.finfo(y.dtype).eps
+    size = y.abs().amax((-2, -1), keepdim=True) if y.numel() else y.new_ones(len(y), 1, 1)
+    size = torch.where(size == 0, torch.ones_like(size), size)
+    noise = torch.randn(m, width, generator=generator, dtype=torch.float64).to(y)
+    y = y / size + eps * noise
+    eye = torch.eye(width, dtype=y.dtype, device=y.device)
+    for step in range(_SHIFTED + 2):
+        g = y.mT @ y
+        if step < _SHIFTED:
+            norm = g.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]  # ‖Y‖²_F
+            g = g + 2 * m**0.5 * eps * norm * eye
+        factor, _ = torch.linalg.cholesky_ex(g)  # lower: y = q · factorᵀ
+        y = torch.linalg.solve_triangular(factor.mT, y, upper=True, left=False)
+    return y

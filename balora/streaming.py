@@ -1,212 +1,442 @@
-"""The objective in chunks of rows, with hand-written gradients: plain PyTorch, any device, never [N, V] in memory.
+"""The objective in chunks, with hand-written gradients: plain PyTorch, any device, never [N, V] in memory.
 
-A chunk of rows has its logits in one reused buffer. Small blocks of it, which stay in the cache, are turned into loss
-terms and, in place, into the gradient by the logits; one product then turns the chunk into the gradient by the hidden
-states. The arithmetic is float32 (float64 for float64 inputs); a half-precision head is widened a tile at a time.
+A chunk of rows has its logits and difference logits in two reused buffers. Small blocks of rows, which stay in the
+cache, are turned into loss terms and, in place, into the gradient by the logits (``rows``); one product then turns the
+chunk into the gradient by the hidden states. The arithmetic is float32 (float64 for float64 inputs). Of bfloat16 inputs
+only the difference logits and the gradient by the logits are rounded to bfloat16, before a product.
+
+Terms that belong to the whole batch (SVD, covariance, normalized squares) come from Gram matrices: [d, d] ones where
+the logits are a linear map of the hidden states (``spectral``), else those of ``batch``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_CHUNK_BYTES = 80 * 2**20  # the logits and difference logits of a chunk
-_BLOCK_BYTES = 2 * 2**20  # a block of rows that is worked on at once; its temporaries should stay in the cache
-_TILE_BYTES = 16 * 2**20  # a widened tile of the head
+from . import batch, rows, spectral
+from .config import rank_of
+from .head import Linear, LinearHead
+
+if TYPE_CHECKING:
+    from .config import BALoraConfig
+
+_CHUNK_BYTES = 64 * 2**20  # the logits and difference logits of a chunk
+_BLOCK_BYTES = 2 * 2**20  # a block of rows that is worked on at once; it should stay in the cache
 
 
-class TokenTerms(NamedTuple):
-    """Sums over the rows, and the gradient of ``CE + λ₁·consistency + λ₂·diversity`` by the hidden states."""
+class Terms(NamedTuple):
+    """Sums over the valid rows; the SVD term, covariance and normalized squares times their number."""
 
     ce: Tensor  # []
     consistency: Tensor  # [], with its T²
     diversity: Tensor  # [], with its sign
-    grad_hidden: Tensor | None  # [N, d], float32 or float64
+    svd: Tensor  # [], with its sign
 
 
-def token_terms(
+class Gradients(NamedTuple):
+    """Of CE + λ₁·consistency + λ₂·diversity + λ₃·svd, as ``Terms`` has them; None where nobody asked."""
+
+    hidden: Tensor | None  # [M, d]; the type of hidden, float32 for float16
+    weight: Tensor | None  # [V, d], float32 or float64, as those below
+    bias: Tensor | None  # [V]
+    lora_a: Tensor | None  # [r, d]
+    lora_b: Tensor | None  # [V, r]
+
+
+def objective(
     hidden: Tensor,
     teacher_hidden: Tensor | None,
-    weight: Tensor,
+    head: LinearHead,
+    teacher_head: LinearHead | None,
     labels: Tensor,
-    *,
-    teacher_weight: Tensor | None = None,
-    lambda_consistency: float,
-    lambda_diversity: float,
-    temperature: float,
-    top_k: int,
-    need_grad: bool,
-) -> TokenTerms:
-    """Cross-entropy, consistency and diversity of N valid tokens, and the gradient of their weighted sum.
+    kept: Tensor | None,
+    config: BALoraConfig,
+    need: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Terms, Gradients]:
+    """The terms of the objective over the valid rows, and the gradients of their weighted sum.
 
-    Nothing is divided by the number of tokens. A term whose λ is 0 is not computed, and is 0.
+    Nothing is divided by the number of rows. A term whose λ is 0 is not computed, and is 0.
 
-    hidden, teacher_hidden [N, d] (the teacher may be None if λ₁ is 0), weight [V, d], labels [N] in [0, V). A teacher
-    with a head of its own has teacher_weight [V, d_T] and teacher_hidden [N, d_T].
+    Args:
+        hidden, teacher_hidden: [M, d]; the teacher [M, d_T], None if λ₁ is 0.
+        teacher_head: where the teacher has a head of its own.
+        labels: [M], those of the valid rows in [0, V).
+        kept: the valid rows [N], ascending; None for all.
+        need: which gradients are asked for: hidden, weight, bias, A, B.
     """
-    n, d = hidden.shape
-    vocab = weight.shape[0]
-    dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
-    if lambda_consistency == 0:
-        teacher_hidden = None
-
-    row_bytes = vocab * dtype.itemsize
-    chunk_rows = max(1, min(n, _CHUNK_BYTES // (row_bytes * (1 if teacher_hidden is None else 2))))
-    block_rows = max(1, min(chunk_rows, _BLOCK_BYTES // row_bytes))
-    z = hidden.new_empty(chunk_rows, vocab, dtype=dtype)
-    delta = None if teacher_hidden is None else torch.empty_like(z)
-    rows = hidden.new_zeros(3, n, dtype=dtype)  # CE, KL and −entropy of each row
-    grad_hidden = hidden.new_zeros(n, d, dtype=dtype) if need_grad else None
-
-    for start in range(0, n, chunk_rows):
-        stop = min(start + chunk_rows, n)
-        h = hidden[start:stop].to(dtype)  # [c, d]
-        difference = None
-        if teacher_hidden is not None and teacher_weight is None:
-            # Z_P − Z = (H_P − H) Wᵀ: subtracted before the product, so that its error is relative to the difference.
-            difference = teacher_hidden[start:stop].to(dtype) - h
-        for columns, tile in _tiles(weight, dtype):
-            torch.mm(h, tile.T, out=z[: stop - start, columns])
-            if difference is not None and delta is not None:
-                torch.mm(difference, tile.T, out=delta[: stop - start, columns])
-        if teacher_hidden is not None and teacher_weight is not None and delta is not None:
-            for columns, tile in _tiles(teacher_weight, dtype):
-                torch.mm(teacher_hidden[start:stop].to(dtype), tile.T, out=delta[: stop - start, columns])
-            delta[: stop - start] -= z[: stop - start]
-        for first in range(start, stop, block_rows):
-            last = min(first + block_rows, stop)
-            here = slice(first - start, last - start)
-            rows[:, first:last] = _block(
-                z[here],
-                None if delta is None else delta[here],
-                labels[first:last],
-                lambda_consistency,
-                lambda_diversity,
-                temperature,
-                top_k,
-                need_grad,
-            )
-        if grad_hidden is not None:
-            for columns, tile in _tiles(weight, dtype):
-                grad_hidden[start:stop].addmm_(z[: stop - start, columns], tile)
-
-    ce, kl, negative_entropy = rows.sum(-1)
-    return TokenTerms(ce, temperature**2 * kl, negative_entropy, grad_hidden)
+    dtype = torch.float64 if torch.float64 in (hidden.dtype, head.weight.dtype) else torch.float32
+    batch_run = _Run(hidden, teacher_hidden, head, teacher_head, labels, kept, config, need, dtype)
+    if batch_run.n == 0:
+        zero = hidden.new_zeros((), dtype=dtype)
+        return Terms(zero, zero, zero, zero), batch_run.gradients()
+    with _bfloat16_products(batch_run.exact_in_bfloat16):
+        svd = batch_run.linear_svd()
+        ce, kl, entropy = batch_run.token_terms()
+        whole = batch_run.batch_terms()
+    n = batch_run.n
+    consistency = whole.consistency * n if config.consistency == "normalized_mse" else config.temperature**2 * kl
+    diversity = whole.covariance * n if config.diversity == "covariance" else entropy
+    svd = (whole.svd if svd is None else svd) * n
+    terms = Terms(*(t.to(dtype) for t in (ce, consistency, diversity, svd)))
+    return terms, batch_run.gradients()
 
 
-def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The head in ``dtype``, whole where it has that type already, else a tile of the vocabulary at a time."""
-    vocab, d = weight.shape
-    step = vocab if weight.dtype == dtype else max(1, _TILE_BYTES // (d * dtype.itemsize))
-    for start in range(0, vocab, step):
-        yield slice(start, min(start + step, vocab)), weight[start : start + step].to(dtype)
+class _Run:
+    """One evaluation of the objective: its inputs, how they are multiplied, and the gradients as they grow."""
 
+    def __init__(self, hidden, teacher_hidden, head, teacher_head, labels, kept, config, need, dtype) -> None:
+        self.hidden, self.labels, self.kept, self.config, self.dtype = hidden, labels, kept, config, dtype
+        self.head, self.need = head, need
+        self.teacher_hidden = None if config.lambda_consistency == 0 else teacher_hidden
+        self.linear = Linear(head, dtype)
+        self.own_head = None if teacher_head is None or self.teacher_hidden is None else teacher_head
+        self.teacher_linear = None if self.own_head is None else Linear(self.own_head, dtype)
+        self.n = len(hidden) if kept is None else len(kept)
+        self.vocab, self.d = head.weight.shape
+        self.need_grad = any(need)
+        self.trained_head = any(need[1:])
+        kl = self.teacher_hidden is not None and config.consistency == "kl"
+        self.kl = kl
+        svd = config.lambda_svd != 0
+        self.whole_svd = svd and head.softcap is not None
+        self.whole = self.whole_svd or (self.teacher_hidden is not None and config.consistency == "normalized_mse")
+        self.whole = self.whole or (config.lambda_diversity != 0 and config.diversity == "covariance")
+        narrow = hidden.dtype == head.weight.dtype == torch.bfloat16
+        # Products of bfloat16 numbers are exact in float32, so a fast bfloat16 product loses nothing.
+        self.exact_in_bfloat16 = narrow and (self.own_head is None or self.own_head.weight.dtype == torch.bfloat16)
+        self.narrow_delta = narrow and kl and self.own_head is None and head.lora is None and head.softcap is None
+        self.narrow_grad = narrow and self.need_grad and not self.trained_head
 
-def _block(
-    z: Tensor,
-    delta: Tensor | None,
-    labels: Tensor,
-    lambda_consistency: float,
-    lambda_diversity: float,
-    temperature: float,
-    top_k: int,
-    need_grad: bool,
-) -> Tensor:
-    """CE, KL and −entropy of each row [3, b]; if asked for, z [b, V] is overwritten by the gradient of their sum."""
-    terms = z.new_zeros(3, z.shape[0])
-    labels = labels[:, None]  # [b, 1]
-    shifted = z - z.amax(-1, keepdim=True)  # [b, V]
-    probability = shifted.exp()
-    total = probability.sum(-1, keepdim=True)  # [b, 1]
-    terms[0] = (total.log() - shifted.gather(-1, labels)).squeeze(-1)
+        self.grad_hidden: Tensor | None = None
+        if need[0]:
+            # float16 would flush the small entries before a loss scale can lift them; bfloat16 has the range. Terms of
+            # the whole batch come in many small steps.
+            keep = dtype if self.whole or hidden.dtype == torch.float16 else hidden.dtype
+            self.grad_hidden = torch.zeros_like(hidden, dtype=keep, memory_format=torch.contiguous_format)
+        extra = self.linear.extra
+        self.grad_weight = torch.zeros_like(head.weight, dtype=dtype) if need[1] else None
+        self.grad_extra = torch.zeros_like(extra) if extra is not None and (need[2] or need[4]) else None
+        self.grad_a = torch.zeros_like(self.linear.a) if need[3] and self.linear.a is not None else None
+        self.k: Tensor | None = None  # the SVD term's part of the gradient by X is X·K
 
-    top: Tensor | None = None
-    if lambda_diversity != 0:
-        top = _top_k_indices(z, top_k)  # [b, K]
-        log_q = z.gather(-1, top).log_softmax(-1)
-        q = log_q.exp()
-        q_log_q = torch.where(q == 0, torch.zeros_like(q), q * log_q)  # a −inf logit contributes 0
-        terms[2] = q_log_q.sum(-1)
-        # d(−H)/dz_j = q_j (log q_j + H) inside the top K, 0 outside.
-        top_grad = lambda_diversity * (q_log_q - q * terms[2, :, None])
+    def pick(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        return tensor[start:stop] if self.kept is None else tensor[self.kept[start:stop]]
 
-    kl_grad: Tensor | None = None
-    if delta is not None:
-        if temperature == 1:
-            p_student = probability / total
+    def x(self, h: Tensor) -> Tensor:
+        """scale · X for a chunk of hidden states. [c, d] -> [c, d + e]."""
+        columns = self.linear.columns(h)
+        x = h if columns is None else torch.cat([h, columns], 1)
+        return x if self.linear.scale == 1 else x * self.linear.scale
+
+    def linear_svd(self) -> Tensor | None:
+        """The SVD term from [d, d] matrices; its gradient is kept as K, or added to those of a trained head."""
+        config = self.config
+        if config.lambda_svd == 0 or self.whole_svd:
+            return None
+        step = 4096
+        s = spectral.gram(
+            self.x(self.pick(self.hidden, i, min(i + step, self.n)).to(self.dtype)) for i in range(0, self.n, step)
+        )
+        term = spectral.svd_term(
+            s,
+            self.head.gram,
+            rank_of(config.svd_rank, min(self.n, self.vocab)),
+            norm=config.svd_norm,
+            variance=config.svd_variance,
+            iterate=self.dtype,
+            need_grad=self.need_grad,
+            need_weight_grad=self.trained_head,
+        )
+        weight = config.lambda_svd * self.n
+        if term.k is not None and (self.grad_hidden is not None or self.grad_a is not None):
+            self.k = (term.k * weight).to(self.dtype)
+        if term.k_weight is not None:
+            k = (term.k_weight * weight).to(self.dtype)  # [d + e, d + e]
+            extra = self.linear.extra
+            for part, tile in self.linear.tiles():
+                wide = tile if extra is None else torch.cat([tile, extra[part]], 1)
+                if self.grad_weight is not None:
+                    self.grad_weight[part] += wide @ k[:, : self.d]
+                if self.grad_extra is not None:
+                    self.grad_extra[part] += wide @ k[:, self.d :]
+        return term.value
+
+    def token_terms(self) -> tuple[Tensor, Tensor, Tensor]:
+        """CE, KL (without T²) and −entropy, sums over the rows; their gradients and the SVD term's are added."""
+        vocab = self.vocab
+        wide, half = self.dtype.itemsize, 2
+        row_bytes = wide + (half if self.narrow_delta or self.narrow_grad else 0)
+        row_bytes = vocab * (row_bytes + (wide if self.kl and not self.narrow_delta else 0))
+        count = -(-self.n // max(1, _CHUNK_BYTES // row_bytes))
+        chunk = -(-self.n // count)
+        block = max(1, min(chunk, _BLOCK_BYTES // (vocab * wide)))
+        new = self.hidden.new_empty
+        z = new(chunk, vocab, dtype=self.dtype)
+        narrow = new(chunk, vocab, dtype=torch.bfloat16) if self.narrow_delta or self.narrow_grad else None
+        delta = new(chunk, vocab, dtype=self.dtype) if self.kl and not self.narrow_delta else None
+        work = new(rows.BUFFERS, block, vocab, dtype=self.dtype)
+        wide_delta = new(block, vocab, dtype=self.dtype) if self.narrow_delta else None
+        slope = new(block, vocab, dtype=self.dtype) if self.head.softcap is not None else None
+        found = self.hidden.new_zeros(3, dtype=_sum_dtype(z))
+
+        for start in range(0, self.n, chunk):
+            stop = min(start + chunk, self.n)
+            h = self.pick(self.hidden, start, stop).to(self.dtype)  # [c, d]
+            y = self.pick(self.labels, start, stop)
+            self.linear.forward(h, self.linear.columns(h), z[: stop - start])
+            if self.kl:
+                self._difference(h, start, stop, narrow if delta is None else delta)
+            for first in range(0, stop - start, block):
+                here = slice(first, min(first + block, stop - start))
+                d = None if delta is None else delta[here]
+                if wide_delta is not None and narrow is not None:
+                    d = wide_delta[: here.stop - first].copy_(narrow[here])
+                found += torch.stack([t.sum() for t in self._block(z[here], d, y[here], work, slope)]).to(found)
+                if self.narrow_grad and narrow is not None:
+                    narrow[here] = z[here]
+            if self.need_grad:
+                g = narrow if self.narrow_grad and narrow is not None else z
+                self._backward(g[: stop - start], h, start, stop)
+        return found[0], found[1], found[2]
+
+    def _difference(self, h: Tensor, start: int, stop: int, out: Tensor | None) -> None:
+        """What ``_block`` turns into δ/T: the difference logits, over T where they are final, or a teacher's logits."""
+        assert self.teacher_hidden is not None
+        assert out is not None
+        out = out[: stop - start]
+        t = self.pick(self.teacher_hidden, start, stop).to(self.dtype)
+        if self.teacher_linear is not None:
+            return self.teacher_linear.forward(t, self.teacher_linear.columns(t), out)
+        # Z_P − Z = (H_P − H) Wᵀ: subtracted before the product, so that its error is relative to the difference.
+        t = t - h  # not in place: it may be the caller's
+        if self.head.softcap is None:
+            t *= 1 / self.config.temperature
+        if self.narrow_delta:
+            torch.mm((t * self.linear.scale).bfloat16(), self.linear.weight.T, out=out)
+            return None
+        x = self.linear.columns(t)
+        if x is not None and self.linear.has_bias:
+            x[:, -1] = 0
+        return self.linear.forward(t, x, out)
+
+    def _block(self, z: Tensor, delta: Tensor | None, y: Tensor, work: Tensor, slope: Tensor | None) -> rows.RowTerms:
+        config, cap = self.config, self.head.softcap
+        work = work[:, : len(z)]
+        slope = None if slope is None else slope[: len(z)]
+        if self.own_head is not None and delta is not None:
+            if self.own_head.softcap is not None:
+                rows.softcap(delta, None, self.own_head.softcap, None, work)
+            if cap is not None:
+                rows.softcap(z, None, cap, slope, work)
+            rows.subtract_logits(delta, z, config.temperature)
+        elif cap is not None:
+            rows.softcap(z, delta, cap, slope, work)
+            if delta is not None:
+                delta.mul_(1 / config.temperature)
+        terms = rows.block(
+            z,
+            delta,
+            y,
+            lambda_consistency=config.lambda_consistency,
+            lambda_diversity=0.0 if config.diversity == "covariance" else config.lambda_diversity,
+            temperature=config.temperature,
+            top_k=config.entropy_top_k if config.diversity == "topk" else None,
+            work=work,
+            need_grad=self.need_grad,
+        )
+        if slope is not None and self.need_grad:
+            z.mul_(slope)
+        return terms
+
+    def _backward(self, g: Tensor, h: Tensor, start: int, stop: int) -> None:
+        """From the gradient by the linear part's output, [c, V], to those by hidden states, weight, bias, A and B."""
+        if self.trained_head:
+            self._head_gradients(g, h, slice(None))
+        if self.grad_hidden is None and self.grad_a is None:
+            return
+        if g.dtype == self.dtype:
+            dx = self.linear.backward(g)  # [c, d + e]
         else:
-            p_student = (shifted / temperature).exp_()
-            p_student /= p_student.sum(-1, keepdim=True)
-        terms[1], kl_grad = _kl(p_student, shifted, delta, temperature)
+            dx = (g @ self.linear.weight).to(self.dtype)
+            if self.linear.extra is not None:
+                dx = torch.cat([dx, (g @ self.linear.extra.to(g.dtype)).to(self.dtype)], 1)
+            dx *= self.linear.scale
+        if self.k is not None:
+            dx.addmm_(self.x(h), self.k, alpha=self.linear.scale)
+        self._to_hidden(dx, h, start, stop)
 
-    if need_grad:
-        torch.div(probability, total, out=z)
-        z.scatter_add_(-1, labels, z.new_full(labels.shape, -1.0))
-        if kl_grad is not None:
-            # T² · KL: one factor T is in the KL itself, see _kl.
-            z.add_(kl_grad, alpha=lambda_consistency * temperature)
-        if top is not None:
-            z.scatter_add_(-1, top, top_grad)
-    return terms
+    def _head_gradients(self, g: Tensor, h: Tensor, at: slice) -> None:
+        if self.grad_weight is not None:
+            self.grad_weight[at].addmm_(g.T, h, alpha=self.linear.scale)
+        x = self.linear.columns(h)
+        if self.grad_extra is not None and x is not None:
+            self.grad_extra[at].addmm_(g.T, x, alpha=self.linear.scale)
+
+    def _to_hidden(self, dx: Tensor, h: Tensor, start: int, stop: int) -> None:
+        """The gradient by X = [H | s·H Aᵀ | 1], [c, d + e], to that by H and A."""
+        dh = dx[:, : self.d]
+        if self.linear.a is not None:
+            du = self.linear.scaling * dx[:, self.d : self.d + len(self.linear.a)]  # [c, r]
+            dh = dh.addmm(du, self.linear.a)
+            if self.grad_a is not None:
+                self.grad_a.addmm_(du.T, h)
+        if self.grad_hidden is None:
+            return
+        if self.kept is None:
+            self.grad_hidden[start:stop] += dh
+        else:
+            at = self.kept[start:stop]
+            self.grad_hidden[at] += dh.to(self.grad_hidden.dtype)
+
+    def batch_terms(self) -> batch.BatchTerms:
+        """The terms that need the logits of the whole batch at once, over tiles of the vocabulary."""
+        config = self.config
+        zero = self.hidden.new_zeros((), dtype=self.dtype)
+        if not self.whole:
+            return batch.BatchTerms(zero, zero, zero)
+        h = self.pick(self.hidden, 0, self.n).to(self.dtype)
+        x = self.linear.columns(h)
+        t = None
+        if config.consistency == "normalized_mse" and self.teacher_hidden is not None:
+            t = self.pick(self.teacher_hidden, 0, self.n).to(self.dtype)
+        solver = batch.Batch(
+            (self.n, self.vocab),
+            h,
+            lambda_consistency=config.lambda_consistency if t is not None else 0.0,
+            lambda_covariance=config.lambda_diversity if config.diversity == "covariance" else 0.0,
+            lambda_svd=config.lambda_svd if self.whole_svd else 0.0,
+            rank=rank_of(config.svd_rank, min(self.n, self.vocab)),
+            norm=config.svd_norm,
+            variance=config.svd_variance,
+        )
+        teacher_head = self.own_head or self.head
+        teacher_linear = self.teacher_linear or self.linear
+        u = None if t is None else teacher_linear.columns(t)
+
+        def tile(at: slice) -> tuple[Tensor, Tensor | None]:
+            z = h.new_empty(self.n, at.stop - at.start)
+            self.linear.forward(h, x, z, at)
+            if self.head.softcap is not None:
+                z.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
+            z_teacher = None
+            if t is not None:
+                z_teacher = torch.empty_like(z)
+                teacher_linear.forward(t, u, z_teacher, at)
+                if teacher_head.softcap is not None:
+                    z_teacher.div_(teacher_head.softcap).tanh_().mul_(teacher_head.softcap)
+            return z, z_teacher
+
+        for at in solver.tiles():
+            solver.collect(*tile(at))
+        terms = solver.solve(need_grad=self.need_grad)
+        if self.need_grad:
+            dx = torch.zeros(self.n, self.d + (0 if x is None else x.shape[1]), dtype=self.dtype, device=h.device)
+            for at in solver.tiles():
+                z, z_teacher = tile(at)
+                g = solver.gradient(z, z_teacher).mul_(self.n)
+                if self.head.softcap is not None:
+                    g.addcmul_(g * z, z, value=-1 / self.head.softcap**2)
+                if self.trained_head:
+                    self._head_gradients(g, h, at)
+                dx += self.linear.backward(g, at)
+            self._to_hidden(dx, h, 0, self.n)
+        return terms
+
+    def gradients(self) -> Gradients:
+        hidden, e = self.grad_hidden, self.grad_extra
+        if hidden is not None and hidden.dtype != self.hidden.dtype and self.hidden.dtype != torch.float16:
+            hidden = hidden.to(self.hidden.dtype)
+        r = 0 if self.linear.a is None else len(self.linear.a)
+        bias = e[:, -1] if e is not None and self.need[2] else None
+        return Gradients(
+            hidden, self.grad_weight, bias, self.grad_a, e[:, :r] if e is not None and self.need[4] else None
+        )
 
 
-def _kl(p_student: Tensor, shifted: Tensor, delta: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """KL(P ‖ S) of each row [b], and p_S − p_P [b, V], from δ = Z_P − Z. δ is overwritten.
+@contextmanager
+def _bfloat16_products(allowed: bool) -> Iterator[None]:
+    """Let float32 products on the CPU run on bfloat16 hardware, for as long as this takes. It costs nothing where the
+    numbers are bfloat16 anyway: the products are summed in float32."""
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if not allowed or settings is None or not hasattr(settings, "fp32_precision"):
+        yield
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
-    With Δ = lse_P − lse_S = log1p(Σ p_S·expm1(δ/T)) and u = δ/T − Δ: p_P − p_S = p_S·expm1(u), and
-    KL = Σ p_S·(u·eᵘ − expm1(u)), a sum of terms of one sign. Neither subtracts two rounded probabilities, so both keep
-    their relative accuracy however close the teacher is.
+
+def consistency(
+    z: Tensor,
+    z_teacher: Tensor,
+    temperature: float,
+    kept: Tensor | None,
+    out: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+) -> Tensor:
+    """T² · Σ_n KL(softmax(Z_P,n/T) ‖ softmax(Z_n/T)) of given logits; scale times its gradient by Z goes to ``out``.
+
+    Blocks of rows are widened to float32, nothing of size [N, V] is held. kept are the rows that count, None for all.
+    z, z_teacher [M, V] -> [].
     """
-    delta.div_(temperature)
-    far = ~(delta.abs().amax(-1) <= 1)  # a row with a NaN counts as far
-    if not far.any():
-        lse_difference = (p_student * delta.expm1()).sum(-1, keepdim=True).log1p_()  # [b, 1]
-        u = delta.sub_(lse_difference)
-        growth = u.expm1()
-        # u·eᵘ − expm1(u), with eᵘ = growth + 1
-        kl = (p_student * (u * growth - (growth - u))).sum(-1)
-        return kl, growth.mul_(p_student).neg_()
-    kl = torch.empty_like(delta[:, 0])
-    grad = torch.empty_like(delta)
-    near = ~far
-    if near.any():
-        kl[near], grad[near] = _kl(p_student[near], shifted[near], delta[near], 1.0)
-    kl[far], grad[far] = _kl_far(p_student[far], shifted[far] / temperature, delta[far])
-    return kl, grad
+    total = z.new_zeros((), dtype=_sum_dtype(z))
+    wide = torch.promote_types(z.dtype, torch.float32)
+    buffers: Tensor | None = None
+    for at, size in _blocks(z, kept):
+        if buffers is None:
+            buffers = z.new_empty(rows.BUFFERS + 2, size, z.shape[1], dtype=wide)
+        work = buffers[:, :size]
+        block, delta = work[-2].copy_(z[at]), work[-1].copy_(z_teacher[at])
+        rows.subtract_logits(delta, block, temperature)
+        terms = rows.block(
+            block,
+            delta,
+            None,
+            lambda_consistency=scale,
+            lambda_diversity=0.0,
+            temperature=temperature,
+            top_k=None,
+            work=work,
+            need_grad=out is not None,
+        )
+        total += terms.kl.sum()
+        if out is not None:
+            out[at] = block if kept is None else block.to(out.dtype)
+    return temperature**2 * total
 
 
-def _kl_far(p_student: Tensor, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """``_kl`` where some |δ| > 1 (everything already divided by T): guarded against e^δ that overflows.
+def diversity(z: Tensor, top_k: int, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """−Σ_n H(softmax of the K largest of Z_n) of given logits; its gradient, which is 0 but for K entries of a row.
 
-    An element with a large δ takes the difference of two probabilities, which is then no cancellation; one with a
-    small δ keeps expm1. Δ is the log1p of the sum while that sum is small, else the difference of the log-sum-exps.
+    z [M, V], kept [N] or None -> [], values [N, K] and where they are [N, K].
     """
-    lse_student = x.exp().sum(-1, keepdim=True).log()  # x ≤ 0, its maximum is 0
-    x_teacher = x + delta
-    growth = torch.where(delta.abs() <= 1, p_student * delta.expm1(), (x_teacher - lse_student).exp() - p_student)
-    total = growth.sum(-1, keepdim=True)
-    top = x_teacher.amax(-1, keepdim=True)
-    lse_teacher = (x_teacher - top).exp().sum(-1, keepdim=True).log() + top
-    lse_difference = torch.where(total.abs() <= 0.5, total.log1p(), lse_teacher - lse_student)
-    p_teacher = (x_teacher - lse_teacher).exp()
-    u = delta - lse_difference
-    growth = u.expm1()
-    near = u.abs() <= 1
-    terms = torch.where(near, p_student * (u * growth - (growth - u)), p_teacher * u - p_teacher + p_student)
-    return terms.sum(-1), torch.where(near, -p_student * growth, p_student - p_teacher)
+    total = z.new_zeros((), dtype=_sum_dtype(z))
+    wide = torch.promote_types(z.dtype, torch.float32)
+    found = [rows.focused_entropy(z[at].to(wide), top_k) for at, _ in _blocks(z, kept)]
+    if not found:
+        empty = z.new_zeros(0, min(top_k, z.shape[1]), dtype=wide)
+        return total, empty, empty.long()
+    negative_entropy, gradient, where = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return total + negative_entropy.sum(dtype=total.dtype), gradient, where
 
 
-def _top_k_indices(z: Tensor, top_k: int) -> Tensor:
-    """The K largest entries of each row, ties across the K-th place to the lower index. z [b, V] -> [b, min(K, V)]."""
-    vocab = z.shape[-1]
-    k = min(top_k, vocab)
-    values, indices = z.topk(min(k + 1, vocab), dim=-1)
-    if k < vocab:
-        # topk breaks ties as it likes; only a tie between the K-th and the next matters to the set that it picks.
-        tied = values[:, k - 1] == values[:, k]
-        if tied.any():
-            indices[tied, :k] = z[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return indices[:, :k]
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    """Sums over the rows: float64 costs nothing on a CPU."""
+    return spectral.accumulation_dtype(tensor)
+
+
+def _blocks(z: Tensor, kept: Tensor | None) -> Iterator[tuple[Any, int]]:
+    """Blocks of rows that fit the cache: an index of z, and how many rows it has."""
+    n = len(z) if kept is None else len(kept)
+    step = max(1, min(n, _BLOCK_BYTES // (z.shape[1] * torch.promote_types(z.dtype, torch.float32).itemsize)))
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        yield slice(start, stop) if kept is None else kept[start:stop], stop - start

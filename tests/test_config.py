@@ -3,6 +3,7 @@
 import pytest
 
 from balora import BALoraConfig
+from balora.config import rank_of
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,10 @@ from balora import BALoraConfig
         ("svd_rank", -3, ValueError),
         ("svd_rank", True, TypeError),
         ("svd_norm", "l1", ValueError),
-        ("svd_variance", 0.5, ValueError),
+        ("svd_rank", 1.5, ValueError),
+        ("svd_rank", 0.0, ValueError),
+        ("svd_rank", "3", TypeError),
+        ("svd_variance", float("nan"), ValueError),
         ("consistency", "mse", ValueError),
         ("diversity", "all", ValueError),
         ("task", "vision", ValueError),
@@ -47,8 +51,28 @@ def test_the_defaults_are_the_published_preset():
     assert config == BALoraConfig()
     assert (config.lambda_consistency, config.lambda_diversity, config.lambda_svd) == (0.025, 0.005, 0.005)
     assert (config.temperature, config.entropy_top_k, config.svd_rank) == (2.0, 20, 10)
-    with pytest.raises(ValueError, match="preset: expected 'nlg_2025', found 'nlg_1999'"):
+    with pytest.raises(ValueError, match="preset: expected 'nlg_2025' or 'nlu_2025' or .*, found 'nlg_1999'"):
         BALoraConfig.preset("nlg_1999")
+
+
+def test_the_other_presets():
+    weights = lambda c: (c.lambda_consistency, c.lambda_diversity, c.lambda_svd)  # noqa: E731
+    losses = lambda c: (c.task, c.consistency, c.diversity, c.svd_norm, c.svd_rank, c.svd_variance)  # noqa: E731
+    nlu, nlg_2024, nlu_2024 = (BALoraConfig.preset(n) for n in ("nlu_2025", "nlg_2024", "nlu_2024"))
+    assert weights(nlu) == weights(nlu_2024) == (1e-4, 4e-4, 1e-4)
+    assert weights(nlg_2024) == (1e-4, 3e-4, 1e-4)
+    assert losses(nlu) == ("nlu", "kl", "covariance", "nuclear", 0.3, 0.0)
+    assert losses(nlu_2024) == ("nlu", "normalized_mse", "covariance", "nuclear", 0.3, 0.0)
+    assert losses(nlg_2024) == ("nlg", "kl", "full", "nuclear", 0.3, 0.0)
+    assert (nlu.temperature, nlg_2024.temperature) == (2.0, 1.0)
+    for config in (nlu, nlg_2024, nlu_2024):
+        assert config.lambdas(0, 10) == config.lambdas(9, 10) == weights(config)
+        assert BALoraConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_rank_is_a_number_of_singular_values_or_a_fraction_of_them():
+    assert [rank_of(k, 10) for k in (1, 10, 11, 0.3, 0.31, 1.0, 1e-9)] == [1, 10, 10, 3, 4, 10, 1]
+    assert rank_of(0.1, 30) == 3  # 0.1 * 30 is 3.0000000000000004
 
 
 def test_schedules_by_hand():

@@ -1,40 +1,84 @@
-"""Which implementation runs, and what an unknown or impossible one says."""
+"""Which implementation runs, what an unknown or impossible one says, and what info prints."""
+
+import io
 
 import pytest
+import torch
 
+import balora
 from balora import dispatch
 
+LOSSES = ["linear_objective", "consistency_loss", "diversity_loss", "svd_loss", "covariance_loss"]
 
-def test_auto_is_streaming_unless_the_environment_says_otherwise(monkeypatch):
+
+@pytest.fixture(autouse=True)
+def _no_variable(monkeypatch):
     monkeypatch.delenv("BALORA_IMPL", raising=False)
-    assert dispatch.choose() == "streaming"
+
+
+@pytest.mark.parametrize("operation", LOSSES)
+def test_auto_is_streaming_unless_the_environment_says_otherwise(monkeypatch, operation):
+    assert dispatch.choose(operation) == "streaming"
     monkeypatch.setenv("BALORA_IMPL", "")
-    assert dispatch.choose() == "streaming"
+    assert dispatch.choose(operation) == "streaming"
     monkeypatch.setenv("BALORA_IMPL", "reference")
-    assert dispatch.choose("auto") == "reference"
-    assert dispatch.choose("streaming") == "streaming"
+    assert dispatch.choose(operation, "auto") == "reference"
+    assert dispatch.choose(operation, "streaming") == "streaming"
 
 
-def test_a_name_never_falls_back(monkeypatch):
-    with pytest.raises(ValueError, match=r"^impl: 'triton' cannot run here: .*no Triton kernel"):
-        dispatch.choose("triton")
+def test_a_variable_for_the_losses_leaves_the_svd_alone(monkeypatch):
+    assert dispatch.choose("randomized_svd") == "torch"
+    monkeypatch.setenv("BALORA_IMPL", "streaming")
+    assert dispatch.choose("randomized_svd") == "torch"
+    monkeypatch.setenv("BALORA_IMPL", "reference")
+    assert dispatch.choose("randomized_svd") == "reference"
+
+
+def test_a_name_never_falls_back_and_gives_every_reason(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(
+        ValueError, match=r"^impl: 'triton' cannot run here: .*no Triton kernel.*; triton is not ins.*;.*with"
+    ):
+        dispatch.choose("linear_objective", "triton")
+    with pytest.raises(
+        ValueError, match=r"^impl: 'cuda' cannot run here: .*no CUDA extension.*; torch .* without CUDA"
+    ):
+        dispatch.choose("randomized_svd", "cuda")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert dispatch.why_not("cuda")[-1] == "torch sees no CUDA device"
     monkeypatch.setenv("BALORA_IMPL", "triton")
     with pytest.raises(ValueError, match="^the environment variable BALORA_IMPL: 'triton' cannot run here"):
-        dispatch.choose()
+        dispatch.choose("diversity_loss")
+    assert dispatch.choose("svd_loss") == "streaming"  # has no implementation of that name
 
 
 def test_an_unknown_name_lists_the_known_ones(monkeypatch):
     with pytest.raises(
-        ValueError, match="^impl: expected 'auto' or 'reference' or 'streaming' or 'triton', found 'cuda'"
+        ValueError, match="^impl: expected 'auto' or 'streaming' or 'reference' for svd_loss, found 'cuda'"
     ):
-        dispatch.choose("cuda")
+        dispatch.choose("svd_loss", "cuda")
     monkeypatch.setenv("BALORA_IMPL", "nonsense")
-    with pytest.raises(
-        ValueError, match="BALORA_IMPL: expected 'reference' or 'streaming' or 'triton', found 'nonsense'"
-    ):
-        dispatch.choose()
+    with pytest.raises(ValueError, match="BALORA_IMPL: expected 'cuda' or .* or 'triton', found 'nonsense'"):
+        dispatch.choose("linear_objective")
 
 
-def test_every_implementation_says_why_not():
-    assert dispatch.why_not("reference") == dispatch.why_not("streaming") == []
-    assert dispatch.why_not("triton")
+def test_info_prints_what_it_returns(capsys, monkeypatch):
+    found = balora.info()
+    text = capsys.readouterr().out
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] in text
+    assert found["implementations"].keys() == dispatch.OPERATIONS.keys()
+    for operation, entry in found["implementations"].items():
+        assert entry["runs"] == dispatch.choose(operation)
+        assert operation in text
+        for name, reasons in entry["why_not"].items():
+            assert reasons == dispatch.why_not(name)
+            assert all(reason in text for reason in reasons)
+    assert found["devices"][0].startswith("cpu")
+    monkeypatch.setenv("BALORA_IMPL", "triton")
+    found = balora.info(file=(file := io.StringIO()))
+    assert "runs" not in found["implementations"]["linear_objective"]
+    assert "cannot run here" in found["implementations"]["linear_objective"]["error"]
+    assert "BALORA_IMPL is 'triton'" in file.getvalue()

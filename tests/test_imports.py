@@ -12,16 +12,27 @@ ROOT = Path(__file__).parents[1]
 
 # The table of modules: what each may import beside the standard library.
 MAY_IMPORT = {
-    "__init__": {"balora.functional", "balora.config", "balora.modeling", "balora.pissa"},  # the last two: for types
+    "__init__": {
+        "balora.functional",
+        "balora.config",
+        "balora.dispatch",
+        "balora.modeling",
+        "balora.pissa",
+    },  # last: types
     "config": {"torch"},
     "dispatch": {"torch"},
     "reference": {"torch"},
-    "streaming": {"torch"},
+    "rows": {"torch"},
     "spectral": {"torch"},
+    "batch": {"torch", "balora.spectral"},
+    "head": {"torch", "balora.spectral"},
+    "streaming": {"torch", "balora.batch", "balora.config", "balora.head", "balora.rows", "balora.spectral"},
     "functional": {
         "torch",
+        "balora.batch",
         "balora.config",
         "balora.dispatch",
+        "balora.head",
         "balora.reference",
         "balora.spectral",
         "balora.streaming",

@@ -14,6 +14,12 @@ def exact(hidden, weight, rank):
     return value.detach(), hidden.grad
 
 
+def svd_ratio(hidden, head, rank, vocab):
+    """(value, gradient by hidden) of the SVD term in the [d, d] form."""
+    term = spectral.svd_term(spectral.gram([hidden]), head, min(rank, len(hidden), vocab))
+    return term.value, hidden.double() @ term.k.double()
+
+
 def draw(n, d, vocab, decay, seed=0):
     """Hidden states whose spectrum falls like i^(−decay)."""
     g = torch.Generator().manual_seed(seed)
@@ -26,7 +32,7 @@ def draw(n, d, vocab, decay, seed=0):
 def test_small_hidden_sizes_are_exact(n, d, vocab, decay):
     hidden, weight = draw(n, d, vocab, decay)
     rank = min(3, n, d, vocab)
-    value, grad = spectral.svd_ratio(hidden, spectral.head_gram(weight), rank, vocab, need_grad=True)
+    value, grad = svd_ratio(hidden, spectral.head_gram(weight), rank, vocab)
     want, want_grad = exact(hidden, weight, rank)
     assert value.item() == pytest.approx(want.item(), rel=1e-7)
     torch.testing.assert_close(grad, want_grad, rtol=1e-5, atol=1e-9)
@@ -35,18 +41,18 @@ def test_small_hidden_sizes_are_exact(n, d, vocab, decay):
 @pytest.mark.parametrize(("decay", "tolerance"), [(0.0, 1e-8), (0.5, 1e-9), (1.0, 1e-9)])
 def test_krylov_above_512(decay, tolerance):
     hidden, weight = draw(700, 640, 900, decay)
-    value, grad = spectral.svd_ratio(hidden, spectral.head_gram(weight), 10, 900, need_grad=True)
+    value, grad = svd_ratio(hidden, spectral.head_gram(weight), 10, 900)
     want, want_grad = exact(hidden, weight, 10)
     assert value.item() == pytest.approx(want.item(), rel=tolerance)
     assert value.item() >= want.item() - 1e-9  # a Ritz value never exceeds the singular value
-    assert torch.equal(value, spectral.svd_ratio(hidden, spectral.head_gram(weight), 10, 900, need_grad=False)[0])
+    assert torch.equal(value, svd_ratio(hidden, spectral.head_gram(weight), 10, 900)[0])
     assert (grad - want_grad).norm() / want_grad.norm() < 1e-4
 
 
 def test_rank_above_what_the_batch_has_is_clamped_and_rank_deficient_batches_have_a_finite_gradient():
     hidden, weight = draw(6, 16, 40, 0.0)
     hidden[3:] = hidden[:3]  # rank 3
-    value, grad = spectral.svd_ratio(hidden, spectral.head_gram(weight), 99, 40, need_grad=True)
+    value, grad = svd_ratio(hidden, spectral.head_gram(weight), 99, 40)
     assert value.item() == pytest.approx(exact(hidden, weight, 99)[0].item(), rel=1e-6)
     torch.testing.assert_close(grad, exact(hidden, weight, 3)[1], rtol=1e-5, atol=1e-9)
 
@@ -60,7 +66,7 @@ def test_float32_keeps_what_float32_can_see(monkeypatch):
     sigma[:10] = 0.005
     sigma[0] = 1.0
     hidden = (u * sigma) @ torch.linalg.solve(torch.linalg.qr(weight).R.T, vh, left=False)
-    value, grad = spectral.svd_ratio(hidden, spectral.head_gram(weight), 10, 800, need_grad=True)
+    value, grad = svd_ratio(hidden, spectral.head_gram(weight), 10, 800)
     want, want_grad = exact(hidden, weight, 10)
     assert want.item() == pytest.approx(-1.045, abs=1e-3)
     assert value.item() == pytest.approx(want.item(), rel=1e-3)
@@ -71,7 +77,7 @@ def test_float32_noise_is_not_summed(monkeypatch):
     monkeypatch.setattr(spectral, "accumulation_dtype", lambda tensor: torch.float32)
     hidden, weight = draw(40, 64, 300, 0.0)
     hidden[3:] = hidden[:1]  # rank 3: what float32 sees beyond it would add about 1e-3
-    value, _ = spectral.svd_ratio(hidden, spectral.head_gram(weight), 30, 300, need_grad=False)
+    value, _ = svd_ratio(hidden, spectral.head_gram(weight), 30, 300)
     assert value.item() == pytest.approx(exact(hidden, weight, 3)[0].item(), rel=2e-5)
 
 
@@ -79,7 +85,7 @@ def test_a_repeated_or_zero_column_of_the_head():
     hidden, weight = draw(20, 8, 30, 0.0)
     weight[:, 3] = weight[:, 2]
     weight[:, 5] = 0
-    value, _ = spectral.svd_ratio(hidden, spectral.head_gram(weight), 4, 30, need_grad=False)
+    value, _ = svd_ratio(hidden, spectral.head_gram(weight), 4, 30)
     assert value.item() == pytest.approx(exact(hidden, weight, 4)[0].item(), rel=1e-7)
 
 
@@ -88,5 +94,5 @@ def test_real_logits(stories15m):
 
     weight = load_file(stories15m / "model.safetensors")["model.embed_tokens.weight"]
     hidden = weight[torch.randint(32000, (400,), generator=torch.Generator().manual_seed(0))].float() * 5
-    value, _ = spectral.svd_ratio(hidden, spectral.head_gram(weight), 10, 32000, need_grad=False)
+    value, _ = svd_ratio(hidden, spectral.head_gram(weight), 10, 32000)
     assert value.item() == pytest.approx(exact(hidden, weight, 10)[0].item(), rel=1e-7)

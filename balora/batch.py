@@ -1,0 +1,117 @@
+"""Terms of the whole batch, from tiles of the vocabulary: SVD, covariance, normalized squares.
+
+With M = Z Zᵀ [N, N] (or Zᵀ Z [V, V], where that is smaller) the gradient of a singular value, or of the sum of squared
+covariances, is a small matrix times Z. So one pass over tiles of columns collects M, and a second one writes the
+gradient; nothing else of size [N, V] is held. Accumulated in ``spectral.accumulation_dtype``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import spectral
+
+_TILE_BYTES = 16 * 2**20
+
+
+class BatchTerms(NamedTuple):
+    """Each [], with its sign; 0 where it was not asked for."""
+
+    consistency: Tensor  # ‖Z_P/‖Z_P‖ − Z/‖Z‖‖²
+    covariance: Tensor  # (1/V) Σ_{i≠j} Cov²_ij
+    svd: Tensor  # −(Σ_{i≤k} σ_i/‖Z‖ + α·Var)
+
+
+class Batch:
+    """The terms of Z [N, V], and the gradient of λ₁·consistency + λ₂·covariance + λ₃·svd. A λ of 0 leaves a term out.
+
+    ``collect`` every tile, ``solve`` once, then ask for the ``gradient`` of every tile.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        like: Tensor,
+        *,
+        lambda_consistency: float = 0.0,
+        lambda_covariance: float = 0.0,
+        lambda_svd: float = 0.0,
+        rank: int = 1,
+        norm: str = "fro",
+        variance: float = 0.0,
+    ) -> None:
+        self.n, self.vocab = shape
+        self.by_rows = self.vocab > self.n  # M is Z Zᵀ; else all columns are one tile
+        self.dtype, self.itemsize = spectral.accumulation_dtype(like), like.itemsize
+        self.lambdas = lambda_consistency, lambda_covariance, lambda_svd
+        self.rank, self.norm, self.variance = rank, norm, variance
+        new = like.new_zeros
+        side = min(shape)
+        self.gram = new(side, side, dtype=self.dtype) if lambda_svd else None
+        self.centred = new(side, side, dtype=self.dtype) if lambda_covariance else None  # of Z − Z̄
+        self.squares = new((), dtype=self.dtype)  # Σ_j (Σ_m (Z − Z̄)²_mj)²
+        self.products = new(3, dtype=self.dtype)  # ‖Z‖²_F, ‖Z_P‖²_F, ⟨Z_P, Z⟩
+
+    def tiles(self) -> Iterator[slice]:
+        """The columns of each tile."""
+        step = max(1, _TILE_BYTES // (max(self.n, 1) * self.itemsize)) if self.by_rows else self.vocab
+        for start in range(0, self.vocab, step):
+            yield slice(start, min(start + step, self.vocab))
+
+    def collect(self, z: Tensor, z_teacher: Tensor | None = None) -> None:
+        """A tile of the first pass. z, z_teacher [N, v]."""
+        wide = z.to(self.dtype)
+        if self.gram is not None:
+            self.gram += wide @ wide.T if self.by_rows else wide.T @ wide
+        if self.centred is not None:
+            centred = wide - wide.mean(0)
+            self.centred += centred @ centred.T if self.by_rows else centred.T @ centred
+            self.squares += centred.square().sum(0).square().sum()
+        if z_teacher is not None:
+            teacher = z_teacher.to(self.dtype)
+            self.products += torch.stack([(wide * wide).sum(), (teacher * teacher).sum(), (teacher * wide).sum()])
+
+    def solve(self, need_grad: bool) -> BatchTerms:
+        """The values; what ``gradient`` needs is kept."""
+        consistency = covariance = svd = torch.zeros_like(self.squares)
+        if self.lambdas[0]:
+            norms = self.products[:2].sqrt()
+            norms = torch.where(norms == 0, torch.ones_like(norms), norms)
+            self.norm_student, self.norm_teacher = norms
+            units = self.products[:2] / norms**2  # 1, or 0 of a zero matrix
+            self.cosine = self.products[2] / norms.prod()
+            consistency = (units.sum() - 2 * self.cosine).clamp_min(0)
+        if self.centred is not None and self.n > 1:
+            self.per_pair = 1 / (self.vocab * (self.n - 1) ** 2)
+            covariance = (self.centred.square().sum() - self.squares).clamp_min(0) * self.per_pair
+            if not self.by_rows:
+                self.centred.fill_diagonal_(0)  # what is left are the pairs i ≠ j
+                covariance = self.centred.square().sum() * self.per_pair
+        if self.gram is not None:
+            term = spectral.svd_term(
+                self.gram, None, self.rank, norm=self.norm, variance=self.variance, need_grad=need_grad
+            )
+            svd, self.k = term.value, term.k
+        return BatchTerms(consistency, covariance, svd)
+
+    def gradient(self, z: Tensor, z_teacher: Tensor | None = None) -> Tensor:
+        """The gradient by a tile. z, z_teacher [N, v] -> [N, v] in the type of z."""
+        lambda_consistency, lambda_covariance, lambda_svd = self.lambdas
+        total = torch.zeros_like(z)
+        if lambda_svd and self.k is not None:
+            k = (lambda_svd * self.k).to(z.dtype)
+            total += k @ z if self.by_rows else z @ k
+        if self.centred is not None and self.n > 1:
+            centred = z - z.mean(0)
+            m = self.centred.to(z.dtype)
+            pairs = m @ centred - centred * centred.square().sum(0) if self.by_rows else centred @ m
+            total += (4 * lambda_covariance * self.per_pair) * pairs
+        if lambda_consistency and z_teacher is not None:
+            weight = 2 * lambda_consistency / self.norm_student
+            total += (weight * self.cosine / self.norm_student).to(z.dtype) * z
+            total -= (weight / self.norm_teacher).to(z.dtype) * z_teacher
+        return total

@@ -1,0 +1,184 @@
+"""The output layer of a model, and the linear part of it as one map with an adapter and a bias as further columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import spectral
+
+
+class LinearHead:
+    """An output layer: logits = cap · tanh(a / cap) with a = scale · (H (W + s·B A)ᵀ + b); without a cap, a itself.
+
+    Args:
+        weight: W [V, d], any floating type; it may be tied to the embedding.
+        bias: b [V].
+        softcap: cap, above 0 (Gemma's ``final_logit_softcapping``).
+        scale: a constant factor (Cohere's ``logit_scale``, 1 / Granite's ``logits_scaling``).
+        lora: (A [r, d], B [V, r], s), an adapter on the head itself; s is its scaling, alpha / r.
+
+    Weight, bias, A and B get a gradient where they require one, accumulated in float32 (float64).
+
+    The Gram matrix of the map that the SVD term needs is computed on first use (V·d² operations) and kept until an
+    in-place operation changes a tensor (one through ``.data`` is not seen).
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, type, device or range; the message names it.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        softcap: float | None = None,
+        scale: float = 1.0,
+        lora: tuple[Tensor, Tensor, float] | None = None,
+    ) -> None:
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise TypeError(f"weight: expected a floating-point tensor [V, d], found {describe(weight)}")
+        if weight.dim() != 2 or 0 in weight.shape:
+            raise ValueError(f"weight: expected the shape [V, d] with V and d of at least 1, found {describe(weight)}")
+        vocab, d = weight.shape
+        if bias is not None:
+            self._check_tensor("bias", bias, weight, (vocab,))
+        if lora is not None:
+            if not isinstance(lora, (tuple, list)) or len(lora) != 3:
+                raise TypeError(f"lora: expected (A, B, scaling), found {describe(lora)}")
+            a, b, scaling = lora
+            rank = a.shape[0] if isinstance(a, Tensor) and a.dim() == 2 else "r"
+            self._check_tensor("lora: A", a, weight, (rank, d))
+            self._check_tensor("lora: B", b, weight, (vocab, rank))
+            self._check_number("lora: scaling", scaling)
+        if softcap is not None:
+            self._check_number("softcap", softcap)
+            if softcap <= 0:
+                raise ValueError(f"softcap: expected a number above 0 or None, found {softcap!r}")
+        self._check_number("scale", scale)
+        self.weight, self.bias, self.softcap, self.scale, self.lora = weight, bias, softcap, float(scale), lora
+        self._weight_gram: tuple[Any, Tensor] | None = None
+        self._gram: tuple[Any, spectral.HeadGram] | None = None
+
+    @staticmethod
+    def _check_tensor(name: str, value: Any, weight: Tensor, shape: tuple) -> None:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, found {describe(value)}")
+        if tuple(value.shape) != shape or 0 in value.shape:
+            raise ValueError(f"{name}: expected the shape {list(shape)}, found {describe(value)}")
+        if value.device != weight.device:
+            raise ValueError(f"{name}: expected weight's device {weight.device}, found {value.device}")
+        if (value.dtype == torch.float64) != (weight.dtype == torch.float64):
+            raise TypeError(f"{name}: the weight is {weight.dtype}, found {value.dtype}; float64 does not mix")
+
+    @staticmethod
+    def _check_number(name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, found {value!r}")
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """(weight, bias, A, B): what may be trained."""
+        a, b, _ = self.lora if self.lora is not None else (None, None, 0.0)
+        return self.weight, self.bias, a, b
+
+    def detached(self) -> LinearHead:
+        """The same layer without gradients."""
+        if not any(t is not None and t.requires_grad for t in self.tensors):
+            return self
+        lora = None if self.lora is None else (self.lora[0].detach(), self.lora[1].detach(), self.lora[2])
+        bias = None if self.bias is None else self.bias.detach()
+        other = LinearHead(self.weight.detach(), bias, self.softcap, self.scale, lora)
+        other._weight_gram, other._gram = self._weight_gram, self._gram
+        return other
+
+    @property
+    def gram(self) -> spectral.HeadGram:
+        """[W, B, b]ᵀ[W, B, b] and a factor of it."""
+        weight_key = _version(self.weight)
+        if self._weight_gram is None or self._weight_gram[0] != weight_key:
+            self._weight_gram = (weight_key, spectral.gram([self.weight.detach()]))
+        key = tuple(_version(t) for t in self.tensors if t is not None)
+        if self._gram is None or self._gram[0] != key:
+            known = self._weight_gram[1]
+            extra = Linear(self, known.dtype).extra
+            self._gram = (key, spectral.head_gram(self.weight.detach(), extra, known))
+        return self._gram[1]
+
+
+def _version(tensor: Tensor) -> tuple[Any, ...]:
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), tensor.device, version
+
+
+class Linear:
+    """The linear part of a head, scale · X [W | E]ᵀ: X = [H | s·H Aᵀ | 1], E = [B | b], so it stays one linear map.
+
+    Shapes: c rows of a chunk, e = r + 1 columns (or r, or 1, or none).
+    """
+
+    _TILE_BYTES = 4 * 2**20  # a tile of the head that is widened
+
+    def __init__(self, head: LinearHead, dtype: torch.dtype) -> None:
+        self.dtype, self.scale = dtype, head.scale
+        self.weight = head.weight.detach()
+        bias, a, b = (None if t is None else t.detach() for t in head.tensors[1:])
+        self.a = None if a is None else a.to(dtype)  # [r, d]
+        self.scaling = 0.0 if head.lora is None else head.lora[2]
+        columns = [t.to(dtype) for t in (b, None if bias is None else bias[:, None]) if t is not None]
+        self.extra = torch.cat(columns, 1) if columns else None  # [V, e]
+        self.has_bias = bias is not None
+        self._buffer: Tensor | None = None
+
+    def columns(self, h: Tensor) -> Tensor | None:
+        """The columns of X beside H. h [c, d] -> [c, e]."""
+        parts = [] if self.a is None else [self.scaling * (h @ self.a.T)]
+        if self.has_bias:
+            parts.append(h.new_ones(len(h), 1))
+        return torch.cat(parts, 1) if parts else None
+
+    def forward(self, h: Tensor, x: Tensor | None, out: Tensor, at: slice = slice(None)) -> None:
+        """out = scale · (h Wᵀ + x Eᵀ), for the entries ``at`` of the vocabulary. h [c, d], x [c, e] -> out [c, V]."""
+        for part, tile in self.tiles(at):
+            torch.mm(h, tile.T, out=out[:, part])
+        if x is not None and self.extra is not None:
+            out.addmm_(x, self.extra[at].T)
+        if self.scale != 1:
+            out.mul_(self.scale)
+
+    def backward(self, g: Tensor, at: slice = slice(None)) -> Tensor:
+        """The gradient by X [c, d + e] of what has the gradient g [c, V] by the output of ``forward``."""
+        total = None
+        for part, tile in self.tiles(at):
+            if total is None:
+                total = g[:, part] @ tile
+            else:
+                total.addmm_(g[:, part], tile)
+        assert total is not None
+        if self.extra is not None:
+            total = torch.cat([total, g @ self.extra[at]], 1)
+        return total if self.scale == 1 else total.mul_(self.scale)
+
+    def tiles(self, at: slice = slice(None)) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in the arithmetic's type: whole where it has that already, else a tile of the vocabulary at a
+        time, in one reused buffer. Yields where the tile lies within ``at``, and the tile."""
+        weight = self.weight[at]
+        if weight.dtype == self.dtype:
+            yield slice(0, len(weight)), weight
+            return
+        step = max(1, min(len(weight), self._TILE_BYTES // (weight.shape[1] * self.dtype.itemsize)))
+        if self._buffer is None or len(self._buffer) < step:
+            self._buffer = weight.new_empty(step, weight.shape[1], dtype=self.dtype)
+        for start in range(0, len(weight), step):
+            stop = min(start + step, len(weight))
+            yield slice(start, stop), self._buffer[: stop - start].copy_(weight[start:stop])
+
+
+def describe(value: Any) -> str:
+    """A value as an error message shows it."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+    return f"{value!r} of type {type(value).__name__}"
