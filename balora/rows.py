@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_FAR = 30.0  # a row with a |δ|/T above it, after its mean is taken off, takes the guarded form
+_FAR = 30.0  # a row with a |δ|/T above it, its mean taken off, takes the guarded form
 _MASKED = -1000.0  # stands for the δ/T of −∞ of an entry that the teacher masks: its probability is 0 all the same
-BUFFERS = 4  # of the block's shape, for ``block``
+BUFFERS = 5  # of the block's shape, for ``block``
 
 
 class RowTerms(NamedTuple):
@@ -41,7 +41,7 @@ def block(
     If asked for, z becomes the gradient of CE + λ₁·T²·KL − λ₂·H. Without labels there is no CE, without delta no KL,
     with top_k None and λ₂ ≠ 0 the entropy is that of the whole row; λ₂ = 0 leaves it out.
 
-    z [b, V]; delta [b, V] is (Z_P − Z)/T; labels [b]; work [4, b, V], all of z's type.
+    z [b, V]; delta [b, V] is (Z_P − Z)/T; labels [b]; work [5, b, V], all of z's type.
     """
     terms = RowTerms(*z.new_zeros(3, z.shape[0]))
     entropy = lambda_diversity != 0
@@ -63,7 +63,7 @@ def block(
     if labels is not None or whole_entropy:
         if p_soft is not None and temperature == 2 and not whole_entropy:
             # softmax(Z) ∝ softmax(Z/2)²: the default temperature saves an exponential.
-            squares = torch.linalg.vecdot(p_soft, p_soft)[:, None]
+            squares = _dot(p_soft, p_soft, work[4])[:, None]
             log_total = squares.log() - 2 * p_soft.amax(-1, keepdim=True).log()  # log Σ exp(z − max z)
             inverse_squares = 1 / squares
         else:
@@ -76,12 +76,12 @@ def block(
     if whole_entropy and p is not None:
         # Below −10⁴ the probability is 0 in every type, and 0 · −∞ must not be NaN.
         log_p = torch.sub(z, highest + log_total, out=work[3]).clamp_min_(-1e4)
-        terms.negative_entropy.copy_(torch.linalg.vecdot(p, log_p))
+        terms.negative_entropy.copy_(_dot(p, log_p, work[4]))
 
     pull: Tensor | None = None
     far: Tensor | None = None
     if delta is not None and p_soft is not None:
-        kl, weighted, shift = _kl(p_soft, delta, work[0])
+        kl, weighted, shift = _kl(p_soft, delta, work[0], work[4])
         terms.kl.copy_(kl)
         near = (delta.amin(-1) >= -_FAR) & (delta.amax(-1) <= _FAR)
         if not near.all():  # a row with a NaN is far
@@ -124,20 +124,26 @@ def block(
     return terms
 
 
-def _kl(p_soft: Tensor, delta: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _kl(p_soft: Tensor, delta: Tensor, out: Tensor, work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """KL(P ‖ S) of each row [b]; p_S·expm1(δ/T) [b, V], in ``out``; and its sum e^Δ − 1 [b, 1]. δ/T loses its mean.
 
     With s = Σ p_S·expm1(δ/T): Δ = lse_P − lse_S = log1p(s), and KL = Σ p_P·δ/T − Δ with p_P = p_S·e^(δ/T)/(1 + s).
     No two rounded probabilities are subtracted, and a common offset of the row, which changes nothing, is taken off
-    first: so the relative accuracy is kept however close the teacher is. Without it s ≥ 0, so 1 + s does not cancel.
+    first: so the relative accuracy is kept however close the teacher is. s is then ≥ 0, and 1 + s does not cancel.
     """
-    delta.sub_(torch.linalg.vecdot(p_soft, delta)[:, None])
+    mean = _dot(p_soft, delta, work)[:, None]
+    delta.sub_(torch.where(mean.abs() <= _FAR, mean, 0.0))  # a larger one would cost a far row its digits
     weighted = torch.expm1(delta, out=out).mul_(p_soft)
     shift = weighted.sum(-1, keepdim=True)  # [b, 1]
-    mean = torch.linalg.vecdot(p_soft, delta)  # what rounding left
-    rise = torch.linalg.vecdot(weighted, delta)
+    mean = _dot(p_soft, delta, work)  # what rounding left
+    rise = _dot(weighted, delta, work)
     kl = (mean + rise) / (1 + shift.squeeze(-1)) - shift.squeeze(-1).log1p()
     return kl, weighted, shift
+
+
+def _dot(a: Tensor, b: Tensor, work: Tensor) -> Tensor:
+    """The inner product of each row. a, b, work [b, V] -> [b]."""
+    return torch.mul(a, b, out=work).sum(-1)
 
 
 def _kl_far(p_student: Tensor, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +196,7 @@ def softcap(z: Tensor, delta: Tensor | None, cap: float, slope: Tensor | None, w
     """z = cap·tanh(a/cap) in place of a, and δ = z_P − z in place of a_P − a; slope becomes dz/da. All [b, V].
 
     With x = tanh(a/cap) and y = tanh((a_P − a)/cap): δ = cap·y·(1 − x²)/(1 + x·y), which keeps the relative accuracy
-    of a small difference; a large one is subtracted. work [4, b, V].
+    of a small difference; a large one is subtracted. work [5, b, V].
     """
     z.div_(cap)
     if delta is not None:

@@ -25,7 +25,7 @@ from .head import Linear, LinearHead
 if TYPE_CHECKING:
     from .config import BALoraConfig
 
-_CHUNK_BYTES = 64 * 2**20  # the logits and difference logits of a chunk
+_CHUNK_BYTES = 80 * 2**20  # the logits and difference logits of a chunk
 _BLOCK_BYTES = 2 * 2**20  # a block of rows that is worked on at once; it should stay in the cache
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from balora import spectral
+from balora import reference, spectral
 
 
 def exact(hidden, weight, rank):
@@ -96,3 +96,41 @@ def test_real_logits(stories15m):
     hidden = weight[torch.randint(32000, (400,), generator=torch.Generator().manual_seed(0))].float() * 5
     value, _ = svd_ratio(hidden, spectral.head_gram(weight), 10, 32000)
     assert value.item() == pytest.approx(exact(hidden, weight, 10)[0].item(), rel=1e-7)
+
+
+@pytest.mark.parametrize(("norm", "variance"), [("fro", 0.0), ("fro", 0.3), ("nuclear", 0.0), ("nuclear", 0.3)])
+@pytest.mark.parametrize("d", [12, 530])
+def test_the_term_and_both_gradients_of_every_variant(monkeypatch, norm, variance, d):
+    monkeypatch.setattr(spectral, "_STEPS", 6)  # d 530 then iterates, with 6 · 13 columns
+    g = torch.Generator().manual_seed(0)
+    spectrum = torch.arange(1, d + 1).double() ** -1.5
+    hidden = (torch.randn(560, d, generator=g, dtype=torch.float64) * spectrum).requires_grad_()
+    weight = torch.randn(570, d, generator=g, dtype=torch.float64).requires_grad_()
+    want = reference.svd(hidden @ weight.T, 3, norm, variance)
+    want.backward()
+    head = spectral.head_gram(weight)
+    term = spectral.svd_term(
+        spectral.gram([hidden.detach()]), head, 3, norm=norm, variance=variance, need_weight_grad=True
+    )
+    assert term.value.item() == pytest.approx(want.item(), rel=1e-9)
+    torch.testing.assert_close(hidden.detach() @ term.k, hidden.grad, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(weight.detach() @ term.k_weight, weight.grad, rtol=1e-5, atol=1e-9)
+
+
+def test_an_iteration_in_float32_costs_no_digit_that_float32_has():
+    hidden, weight = draw(700, 640, 900, 0.7)
+    s, head = spectral.gram([hidden]), spectral.head_gram(weight)
+    narrow, wide = (spectral.svd_term(s, head, 10, iterate=t) for t in (torch.float32, torch.float64))
+    assert narrow.value.item() == pytest.approx(wide.value.item(), rel=1e-9)
+    assert (narrow.k - wide.k).norm() < 1e-5 * wide.k.norm()
+    assert narrow.k.dtype == torch.float64
+
+
+def test_a_singular_head_gets_a_factor():
+    weight = torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for extra in (torch.zeros(40, 2).double(), weight[:, :2].clone(), 1e-9 * weight[:, :1]):
+        head = spectral.head_gram(weight, extra)
+        torch.testing.assert_close(head.factor @ head.factor.T, head.gram, rtol=1e-10, atol=1e-10)
+    head = spectral.head_gram(torch.zeros(5, 3))
+    assert not head.factor.any()
+    assert spectral.head_gram(torch.full((5, 3), torch.nan)).factor.isnan().all()

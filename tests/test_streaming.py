@@ -211,7 +211,7 @@ def test_kl_in_float32_from_near_to_far_with_rare_tokens_that_move_far(distance,
         lambda_diversity=0.0,
         temperature=1.0,
         top_k=None,
-        work=torch.empty(4, 8, 300),
+        work=torch.empty(rows.BUFFERS, 8, 300),
         need_grad=True,
     )
     kl, grad = terms.kl, shifted
@@ -239,7 +239,7 @@ def test_columns_of_minus_infinity():
         lambda_diversity=0.3,
         temperature=2.0,
         top_k=15,
-        work=torch.empty(4, 7, 40),
+        work=torch.empty(rows.BUFFERS, 7, 40),
         need_grad=True,
     )
     ce, kl, entropy = (t.sum() for t in terms)

@@ -1,0 +1,291 @@
+"""Every kind of head: values and every gradient against the reference in float64; the linear map; bad input."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from balora import BALoraConfig, LinearHead, batch, reference, spectral, streaming
+from balora import functional as F
+from balora.head import Linear
+
+from .conftest import ALL_TERMS, assert_within_budget, only, problem
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+NAMES = ("hidden", "weight", "bias", "lora_a", "lora_b")
+N, D, V, R = 23, 12, 61, 3
+
+KINDS = {
+    "plain": dict(),
+    "bias": dict(bias=True),
+    "scale": dict(scale=0.125),
+    "softcap": dict(softcap=2.5),
+    "lora": dict(lora=True),
+    "everything": dict(bias=True, scale=1.7, softcap=2.5, lora=True),
+}
+VARIANTS = {
+    "2025": ALL_TERMS,
+    "nlg_2024": replace(
+        BALoraConfig.preset("nlg_2024"), lambda_consistency=0.7, lambda_diversity=0.3, lambda_svd=0.9, svd_variance=0.02
+    ),
+    "nlu_2024": replace(BALoraConfig.preset("nlu_2024"), lambda_consistency=0.7, lambda_diversity=0.3, lambda_svd=0.9),
+    "nlu_2025": replace(BALoraConfig.preset("nlu_2025"), lambda_consistency=0.7, lambda_diversity=0.3, lambda_svd=0.9),
+}
+
+
+def tensors(kind, dtype, seed=1, vocab=V, n=N):
+    """(inputs by name, head's other arguments, teacher_hidden, labels) of a random problem."""
+    hidden, teacher, weight, labels = problem(n, D, vocab, dtype=dtype, scale=2.0, ignored=n // 6, seed=seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
+    options = KINDS[kind]
+    inputs = dict(hidden=hidden, weight=weight)
+    if options.get("bias"):
+        inputs["bias"] = draw(vocab)
+    if options.get("lora"):
+        inputs |= dict(lora_a=draw(R, D) / D**0.5, lora_b=draw(vocab, R) * 0.5)
+    return inputs, {k: v for k, v in options.items() if k in ("softcap", "scale")}, teacher, labels
+
+
+def evaluate(inputs, other, teacher, labels, config, impl, wide=False, trained=NAMES, teacher_head=None, **kwargs):
+    """(output, gradients by name) of the objective."""
+    to = (lambda t: t.double()) if wide else (lambda t: t)
+    leaves = {name: to(t).detach().clone().requires_grad_(name in trained) for name, t in inputs.items()}
+    lora = (leaves["lora_a"], leaves["lora_b"], 0.5) if "lora_a" in leaves else None
+    head = LinearHead(leaves["weight"], bias=leaves.get("bias"), lora=lora, **other)
+    if teacher_head is not None:
+        teacher_head = LinearHead(to(teacher_head.weight), softcap=teacher_head.softcap, scale=teacher_head.scale)
+    out = F.linear_objective(
+        leaves["hidden"], to(teacher), head, labels, config, teacher_head=teacher_head, impl=impl, **kwargs
+    )
+    out.loss.backward()
+    return out, {name: leaf.grad for name, leaf in leaves.items() if name in trained}
+
+
+def check(problem_, config, dtype, **kwargs):
+    found, grads = evaluate(*problem_, config, "streaming", **kwargs)
+    plain, plain_grads = evaluate(*problem_, config, "reference", **kwargs)
+    exact, exact_grads = evaluate(*problem_, config, "reference", wide=True, **kwargs)
+    for name, a, b, c in zip(found._fields, found, plain, exact, strict=True):
+        if c is None:
+            assert a is None, name
+        elif name == "n_valid":
+            assert a == c
+        else:
+            rounded = dtype == torch.bfloat16 and name in ("loss", "consistency")
+            assert_within_budget(a, b, c, dtype if rounded else torch.promote_types(dtype, torch.float32), name)
+    for name, grad in grads.items():
+        assert grad.dtype == dtype, name
+        assert_within_budget(grad, plain_grads[name], exact_grads[name], dtype, f"gradient by {name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_head_trained_or_frozen(kind, dtype):
+    everything = tensors(kind, dtype)
+    check(everything, ALL_TERMS, dtype)
+    check(everything, ALL_TERMS, dtype, trained=("hidden",))
+    check(everything, only("svd"), dtype, trained=("hidden", "weight"))
+    extra = [name for name in everything[0] if name not in ("hidden", "weight")]
+    if extra:
+        check(everything, only("consistency"), dtype, trained=extra, normalizer=7.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["plain", "everything"])
+@pytest.mark.parametrize("vocab", [V, 7])
+def test_the_variants_of_both_papers(kind, variant, dtype, vocab):
+    check(tensors(kind, dtype, vocab=vocab), VARIANTS[variant], dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradcheck(kind, variant):
+    inputs, other, teacher, labels = tensors(kind, torch.float64, vocab=9, n=6)
+    names = list(inputs)
+
+    # the teacher shares the head, yet sends it no gradient: a frozen one of the same numbers for the differences
+    frozen = LinearHead(torch.randn(9, D, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))
+
+    def loss(*values):
+        by_name = dict(zip(names, values, strict=True))
+        lora = (by_name["lora_a"], by_name["lora_b"], 0.5) if "lora_a" in by_name else None
+        head = LinearHead(by_name["weight"], bias=by_name.get("bias"), lora=lora, **other)
+        config = replace(VARIANTS[variant], svd_rank=2)
+        return F.linear_objective(by_name["hidden"], teacher, head, labels, config, frozen, impl="streaming").loss
+
+    assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in inputs.values()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("kind", ["lora", "everything", "softcap"])
+def test_a_teacher_with_another_head(kind, softcap, dtype):
+    everything = tensors(kind, dtype)
+    own = LinearHead(tensors("plain", dtype, seed=3)[0]["weight"], softcap=softcap, scale=0.5)
+    check(everything, ALL_TERMS, dtype, teacher_head=own)
+    check(everything, VARIANTS["nlu_2024"], dtype, teacher_head=own)
+
+
+def test_an_adapter_that_starts_at_zero_has_the_teachers_bits():
+    inputs, other, _, labels = tensors("lora", torch.float32)
+    inputs["lora_b"].zero_()
+    own = LinearHead(inputs["weight"])
+    out, _ = evaluate(inputs, other, inputs["hidden"], labels, only("consistency"), "streaming", teacher_head=own)
+    assert out.consistency.item() == 0
+    check(tensors("lora", torch.float32), ALL_TERMS, torch.float32, teacher_head=own)
+    out, _ = evaluate(inputs, other, inputs["hidden"], labels, only("svd"), "streaming")  # G is singular
+    exact, _ = evaluate(inputs, other, inputs["hidden"], labels, only("svd"), "reference", wide=True)
+    assert out.svd.item() == pytest.approx(exact.svd.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_tiles_and_blocks_do_not_change_the_result(monkeypatch, kind):
+    everything = tensors(kind, torch.bfloat16)
+    for config in (ALL_TERMS, VARIANTS["nlu_2024"]):
+        whole, grads = evaluate(*everything, config, "streaming")
+        monkeypatch.setattr(streaming, "_CHUNK_BYTES", 5 * V * 8)
+        monkeypatch.setattr(streaming, "_BLOCK_BYTES", 2 * V * 4)
+        monkeypatch.setattr(Linear, "_TILE_BYTES", 7 * D * 4)
+        monkeypatch.setattr(batch, "_TILE_BYTES", 9 * N * 4)
+        monkeypatch.setattr(spectral, "_ROWS", 10)
+        parts, part_grads = evaluate(*everything, config, "streaming")
+        assert parts.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
+        for name, grad in grads.items():
+            difference = (part_grads[name].double() - grad.double()).abs().max()
+            assert difference <= 2**-7 * grad.double().abs().max(), name
+
+
+def test_a_softcap_keeps_a_small_difference_accurate():
+    """cap·tanh(a) − cap·tanh(b) by the identity, where subtracting the two would leave three digits."""
+    inputs, _, _, labels = tensors("plain", torch.float32)
+    teacher = inputs["hidden"] * (1 + 1e-4 * torch.randn(N, D, generator=torch.Generator().manual_seed(2)))
+    found, _ = evaluate(inputs, dict(softcap=2.5), teacher, labels, only("consistency"), "streaming")
+    plain, _ = evaluate(inputs, dict(softcap=2.5), teacher, labels, only("consistency"), "reference")
+    exact, _ = evaluate(inputs, dict(softcap=2.5), teacher, labels, only("consistency"), "reference", wide=True)
+    assert exact.consistency.item() < 1e-7
+    assert found.consistency.item() == pytest.approx(exact.consistency.item(), rel=1e-3)
+    assert plain.consistency.item() != pytest.approx(exact.consistency.item(), rel=0.1)
+
+
+def test_a_softcap_far_beyond_its_cap():
+    inputs, _, teacher, labels = tensors("plain", torch.float32)
+    inputs["weight"] = inputs["weight"] * 1e3
+    check((inputs, dict(softcap=30.0), teacher, labels), only("consistency"), torch.float32, trained=("hidden",))
+
+
+def test_two_runs_have_the_same_bits():
+    for kind in KINDS:
+        for config in VARIANTS.values():
+            first, grads = evaluate(*tensors(kind, torch.float32), config, "streaming")
+            again, grads_again = evaluate(*tensors(kind, torch.float32), config, "streaming")
+            assert torch.equal(first.loss, again.loss)
+            assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
+
+
+@pytest.mark.parametrize("impl", ["streaming", "reference"])
+def test_no_valid_token_leaves_every_tensor_connected(impl):
+    inputs, other, teacher, labels = tensors("everything", torch.float32)
+    out, grads = evaluate(inputs, other, teacher, torch.full_like(labels, -100), VARIANTS["nlu_2024"], impl)
+    assert out.loss.item() == 0
+    assert set(grads) == set(NAMES)
+    assert all(grad is not None and not grad.any() for grad in grads.values())
+
+
+@pytest.mark.parametrize("impl", ["streaming", "reference"])
+def test_one_row_has_a_covariance_of_zero(impl):
+    inputs, other, teacher, labels = tensors("plain", torch.float64, n=1)
+    out, grads = evaluate(inputs, other, teacher, labels, only("diversity", diversity="covariance"), impl)
+    _, ce_grads = evaluate(inputs, other, teacher, labels, only("none"), impl)
+    assert out.diversity.item() == 0
+    torch.testing.assert_close(grads["hidden"], ce_grads["hidden"])
+
+
+@pytest.mark.parametrize("impl", ["streaming", "reference"])
+def test_a_regression_head_has_squared_errors(impl):
+    hidden, teacher = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.5], [2.0]])
+    head = LinearHead(torch.tensor([[2.0]]), bias=torch.tensor([1.0]))  # z = 3, 5; the teacher's 4, 5
+    config = BALoraConfig.preset("nlu_2025")
+    hidden.requires_grad_()
+    out = F.linear_objective(hidden, teacher, head, torch.tensor([3.5, 4.0]), config, impl=impl)
+    out.loss.backward()
+    assert out.ce.item() == pytest.approx((0.25 + 1) / 2)
+    assert out.consistency.item() == pytest.approx(0.5)
+    assert out.diversity is out.svd is None
+    assert out.loss.item() == pytest.approx(0.625 + 1e-4 * 0.5)
+    assert hidden.grad.flatten().tolist() == pytest.approx([2 * (-0.5 - 1e-4), 2.0], rel=1e-5)
+    with pytest.raises(TypeError, match="labels: expected whole numbers"):
+        F.linear_objective(hidden, teacher, head, torch.tensor([3.5, 4.0]), BALoraConfig(), impl=impl)
+
+
+def test_the_linear_part_is_one_map():
+    inputs, _, _, _ = tensors("everything", torch.float64)
+    lora = (inputs["lora_a"], inputs["lora_b"], 0.5)
+    head = LinearHead(inputs["weight"], bias=inputs["bias"], scale=1.7, lora=lora)
+    linear = Linear(head, torch.float64)
+    out = torch.empty(N, V, dtype=torch.float64)
+    x = linear.columns(inputs["hidden"])
+    linear.forward(inputs["hidden"], x, out)
+    want = reference.logits(inputs["hidden"], inputs["weight"], inputs["bias"], None, 1.7, lora)
+    torch.testing.assert_close(out, want)
+    assert x.shape == (N, R + 1)
+    whole = torch.cat([inputs["weight"], linear.extra], 1)
+    torch.testing.assert_close(head.gram.gram, whole.T @ whole)
+    torch.testing.assert_close(head.gram.factor @ head.gram.factor.T, whole.T @ whole, rtol=1e-9, atol=1e-9)
+
+
+def test_the_gram_matrix_is_kept_until_a_tensor_changes():
+    lora = (torch.randn(2, 4), torch.zeros(20, 2), 1.0)
+    head = LinearHead(torch.randn(20, 4), bias=torch.randn(20), lora=lora)
+    before = head.gram
+    of_weight = head._weight_gram[1]
+    assert head.gram is before
+    lora[1].add_(1)  # an adapter that is trained does not cost the weight's part again
+    assert head.gram is not before
+    assert head._weight_gram[1] is of_weight
+    head.weight.mul_(2)
+    torch.testing.assert_close(head.gram.gram[:4, :4], 4 * before.gram[:4, :4])
+
+
+W = torch.ones(5, 3)
+BAD = {
+    "weight shape": (dict(weight=torch.zeros(3)), ValueError, "weight: expected the shape"),
+    "empty weight": (dict(weight=torch.zeros(3, 0)), ValueError, "weight: expected the shape"),
+    "weight type": (dict(weight=torch.ones(2, 2).int()), TypeError, "weight: expected a floating-point tensor"),
+    "bias shape": (dict(bias=torch.ones(4)), ValueError, r"bias: expected the shape \[5\], found .*\[4\]"),
+    "bias type": (dict(bias=3.0), TypeError, "bias: expected a floating-point tensor, found 3.0"),
+    "bias float64": (dict(bias=torch.ones(5).double()), TypeError, "bias: the weight is torch.float32"),
+    "bias device": (
+        dict(bias=torch.ones(5, device="meta")),
+        ValueError,
+        "bias: expected weight's device cpu, found meta",
+    ),
+    "softcap zero": (dict(softcap=0.0), ValueError, "softcap: expected a number above 0 or None, found 0.0"),
+    "softcap text": (dict(softcap="30"), ValueError, "softcap: expected a finite number, found '30'"),
+    "scale": (dict(scale=float("nan")), ValueError, "scale: expected a finite number, found nan"),
+    "lora": (dict(lora=(W, W)), TypeError, r"lora: expected \(A, B, scaling\)"),
+    "lora A": (
+        dict(lora=(torch.ones(2, 4), torch.ones(5, 2), 1.0)),
+        ValueError,
+        r"lora: A: expected the shape \[2, 3\]",
+    ),
+    "lora A type": (dict(lora=(None, torch.ones(5, 2), 1.0)), TypeError, "lora: A: expected a floating-point tensor"),
+    "lora B": (
+        dict(lora=(torch.ones(2, 3), torch.ones(5, 3), 1.0)),
+        ValueError,
+        r"lora: B: expected the shape \[5, 2\]",
+    ),
+    "lora scaling": (
+        dict(lora=(torch.ones(2, 3), torch.ones(5, 2), None)),
+        ValueError,
+        "lora: scaling: expected a fin",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_names_the_argument(case):
+    changes, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        LinearHead(**{"weight": W, **changes})
