@@ -67,7 +67,7 @@ def linear_objective(
     scaled in the backward. The λ of ``config`` are used as given, without a schedule. K and k above what the batch has
     are clamped. Without a valid token the loss is a 0 that is still connected.
 
-    Memory beyond inputs and gradients is bounded whatever N (chunks of 80 MiB). Terms of the whole batch whose logits
+    Memory beyond inputs and gradients is bounded whatever N (chunks of 96 MiB). Terms of the whole batch whose logits
     are no linear map (SVD under a soft-cap, covariance, normalized squares) hold [N, N] and [N, d] besides; of a
     soft-cap the SVD term costs three more products of N·V·d.
 

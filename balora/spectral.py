@@ -22,7 +22,7 @@ _STEPS = 12
 _OVERSAMPLE = 10
 _SEED = 0
 _SHIFTED = 3  # steps of CholeskyQR with a shift
-_ROWS = 4096  # rows that are widened to the accumulation type at a time
+_ROW_BYTES = 16 * 2**20  # of rows that are widened to the accumulation type at a time
 
 
 class HeadGram(NamedTuple):
@@ -54,13 +54,18 @@ def gram(blocks: Iterable[Tensor]) -> Tensor:
     """Σ blockᵀ block in ``accumulation_dtype``, over blocks of rows [n_i, d]; one block at least -> [d, d]."""
     total = None
     for block in blocks:
-        for part in block.split(_ROWS):
+        for part in block.split(rows_at_a_time(block)):
             wide = part.to(accumulation_dtype(part))
             if total is None:
                 total = torch.zeros(wide.shape[1], wide.shape[1], dtype=wide.dtype, device=wide.device)
             total.addmm_(wide.T, wide)
     assert total is not None
     return total
+
+
+def rows_at_a_time(rows: Tensor) -> int:
+    """How many rows are widened at a time. rows [n, d]."""
+    return max(1, _ROW_BYTES // (rows.shape[1] * accumulation_dtype(rows).itemsize))
 
 
 def head_gram(weight: Tensor, extra: Tensor | None = None, known: Tensor | None = None) -> HeadGram:
@@ -71,9 +76,11 @@ def head_gram(weight: Tensor, extra: Tensor | None = None, known: Tensor | None 
     """
     g = gram([weight]) if known is None else known
     if extra is not None:
-        wide = [(w.to(g.dtype), e.to(g.dtype)) for w, e in zip(weight.split(_ROWS), extra.split(_ROWS), strict=True)]
-        cross = sum(w.T @ e for w, e in wide)  # [d, e]
-        corner = sum(e.T @ e for _, e in wide)  # [e, e]
+        wide = extra.to(g.dtype)
+        step = rows_at_a_time(weight)
+        pairs = zip(weight.split(step), wide.split(step), strict=True)
+        cross = sum(w.to(g.dtype).T @ e for w, e in pairs)  # [d, e]
+        corner = wide.T @ wide  # [e, e]
         g = torch.cat([torch.cat([g, cross], 1), torch.cat([cross.T, corner], 1)])
     return HeadGram(g, _factor(g))
 

@@ -25,7 +25,7 @@ from .head import Linear, LinearHead
 if TYPE_CHECKING:
     from .config import BALoraConfig
 
-_CHUNK_BYTES = 80 * 2**20  # the logits and difference logits of a chunk
+_CHUNK_BYTES = 96 * 2**20  # the logits and difference logits of a chunk
 _BLOCK_BYTES = 2 * 2**20  # a block of rows that is worked on at once; it should stay in the cache
 
 
@@ -138,7 +138,7 @@ class _Run:
         config = self.config
         if config.lambda_svd == 0 or self.whole_svd:
             return None
-        step = 4096
+        step = spectral.rows_at_a_time(self.hidden)
         s = spectral.gram(
             self.x(self.pick(self.hidden, i, min(i + step, self.n)).to(self.dtype)) for i in range(0, self.n, step)
         )

@@ -149,7 +149,7 @@ def test_chunks_tiles_and_blocks_do_not_change_the_result(monkeypatch, kind):
         monkeypatch.setattr(streaming, "_BLOCK_BYTES", 2 * V * 4)
         monkeypatch.setattr(Linear, "_TILE_BYTES", 7 * D * 4)
         monkeypatch.setattr(batch, "_TILE_BYTES", 9 * N * 4)
-        monkeypatch.setattr(spectral, "_ROWS", 10)
+        monkeypatch.setattr(spectral, "_ROW_BYTES", 10 * D * 8)
         parts, part_grads = evaluate(*everything, config, "streaming")
         assert parts.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
         for name, grad in grads.items():
