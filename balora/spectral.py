@@ -214,10 +214,10 @@ def randomized_svd(a: Tensor, rank: int, oversample: int, n_iter: int, seed: int
     width = min(k + oversample, m, n)
     generator = torch.Generator().manual_seed(seed)
     omega = torch.randn(n, width, generator=generator, dtype=torch.float64).to(a)  # [n, l]
-    q = orthonormal(a @ omega, generator)  # [batch, m, l]
-    for _ in range(n_iter):
-        p = orthonormal(a.mT @ q, generator)  # [batch, n, l]
-        q = orthonormal(a @ p, generator)
+    q = orthonormal(a @ omega, generator, polish=n_iter == 0)  # [batch, m, l]
+    for i in range(n_iter):
+        p = orthonormal(a.mT @ q, generator, polish=False)  # [batch, n, l]
+        q = orthonormal(a @ p, generator, polish=i == n_iter - 1)
     b = q.mT @ a  # [batch, l, n]
     p = orthonormal(b.mT, generator)
     # Projected anew: the triangular factor would carry the shifts.
@@ -227,12 +227,13 @@ def randomized_svd(a: Tensor, rank: int, oversample: int, n_iter: int, seed: int
     return u.reshape(*shape[:-2], m, k), s.reshape(*shape[:-2], k), vh.reshape(*shape[:-2], k, n)
 
 
-def orthonormal(y: Tensor, generator: torch.Generator) -> Tensor:
+def orthonormal(y: Tensor, generator: torch.Generator, polish: bool = True) -> Tensor:
     """Orthonormal columns that span those of Y, by shifted CholeskyQR (Fukaya et al., 2020).
 
     Products and Cholesky factorizations batch where ``torch.linalg.qr`` loops over the matrices. Where columns depend
     on each other, noise of the size of their rounding takes the missing directions: the condition is then 1/eps, of
-    which every shifted step takes a factor of about sqrt(shift); two plain steps follow. y [batch, m, l], m ≥ l.
+    which every shifted step takes a factor of about sqrt(shift), until the columns are merely well-conditioned: enough
+    for the next power iteration. Two plain steps polish them. y [batch, m, l], m ≥ l.
     """
     m, width = y.shape[-2:]
     eps = torch.finfo(y.dtype).eps
@@ -241,7 +242,7 @@ def orthonormal(y: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(m, width, generator=generator, dtype=torch.float64).to(y)
     y = y / size + eps * noise
     eye = torch.eye(width, dtype=y.dtype, device=y.device)
-    for step in range(_SHIFTED + 2):
+    for step in range(_SHIFTED + 2 * polish):
         g = y.mT @ y
         if step < _SHIFTED:
             norm = g.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]  # ‖Y‖²_F

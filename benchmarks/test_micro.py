@@ -54,7 +54,8 @@ def test_loss(benchmark, logits, loss, who):
         return value.item()
 
     exact = LOSSES[loss]["balora"](z.detach().double().requires_grad_(), teacher.double()).item()
-    assert run() == pytest.approx(exact, rel=0.05 if "lowrank" in who else 1e-4)
+    # float32 sums of torch over 8 million squares are 2.5e-4 off
+    assert run() == pytest.approx(exact, rel={"torch svd_lowrank": 0.1, "torch svdvals": 1e-3}.get(who, 1e-5))
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
 
 
