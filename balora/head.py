@@ -85,16 +85,6 @@ class LinearHead:
         a, b, _ = self.lora if self.lora is not None else (None, None, 0.0)
         return self.weight, self.bias, a, b
 
-    def detached(self) -> LinearHead:
-        """The same layer without gradients."""
-        if not any(t is not None and t.requires_grad for t in self.tensors):
-            return self
-        lora = None if self.lora is None else (self.lora[0].detach(), self.lora[1].detach(), self.lora[2])
-        bias = None if self.bias is None else self.bias.detach()
-        other = LinearHead(self.weight.detach(), bias, self.softcap, self.scale, lora)
-        other._weight_gram, other._gram = self._weight_gram, self._gram
-        return other
-
     @property
     def gram(self) -> spectral.HeadGram:
         """[W, B, b]ᵀ[W, B, b] and a factor of it."""

@@ -38,8 +38,8 @@ def block(
 ) -> RowTerms:
     """CE, KL(P ‖ S) at temperature T and −H of the top K of each row. z and delta are overwritten.
 
-    If asked for, z becomes the gradient of CE + λ₁·T²·KL − λ₂·H. Without labels there is no CE, without delta no KL,
-    with top_k None and λ₂ ≠ 0 the entropy is that of the whole row; λ₂ = 0 leaves it out.
+    If asked for, z becomes the gradient of CE + λ₁·T²·KL − λ₂·H. Without labels there is no CE, without delta no KL
+    (one of them is there); with top_k None the entropy is that of the whole row, and λ₂ = 0 leaves it out.
 
     z [b, V]; delta [b, V] is (Z_P − Z)/T; labels [b]; work [5, b, V], all of z's type.
     """
@@ -91,11 +91,9 @@ def block(
     if not need_grad:
         return terms
 
-    if delta is None or p_soft is None:
-        if p is not None:
-            z.copy_(p)
-        else:
-            z.zero_()
+    if p_soft is None:
+        assert p is not None
+        z.copy_(p)
     else:
         # T²·KL by z is T (p_S − p_P), and p_P − p_S = p_S (e^(δ/T) − 1) e^(−Δ) + p_S (e^(−Δ) − 1).
         strength = lambda_consistency * temperature

@@ -158,12 +158,13 @@ class _Run:
         if term.k_weight is not None:
             k = (term.k_weight * weight).to(self.dtype)  # [d + e, d + e]
             extra = self.linear.extra
+            left, right = k[:, : self.d], k[:, self.d :]
             for part, tile in self.linear.tiles():
-                wide = tile if extra is None else torch.cat([tile, extra[part]], 1)
-                if self.grad_weight is not None:
-                    self.grad_weight[part] += wide @ k[:, : self.d]
-                if self.grad_extra is not None:
-                    self.grad_extra[part] += wide @ k[:, self.d :]
+                for grad, columns in ((self.grad_weight, left), (self.grad_extra, right)):
+                    if grad is not None:
+                        grad[part].addmm_(tile, columns[: self.d])
+                        if extra is not None:
+                            grad[part].addmm_(extra[part], columns[self.d :])
         return term.value
 
     def token_terms(self) -> tuple[Tensor, Tensor, Tensor]:

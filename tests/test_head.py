@@ -215,8 +215,24 @@ def test_a_regression_head_has_squared_errors(impl):
     assert out.diversity is out.svd is None
     assert out.loss.item() == pytest.approx(0.625 + 1e-4 * 0.5)
     assert hidden.grad.flatten().tolist() == pytest.approx([2 * (-0.5 - 1e-4), 2.0], rel=1e-5)
+    alone = F.linear_objective(hidden, None, head, torch.tensor([3.5, 4.0]), replace(config, lambda_consistency=0.0))
+    assert alone.loss.item() == pytest.approx(0.625)
+    assert alone.consistency is None
     with pytest.raises(TypeError, match="labels: expected whole numbers"):
         F.linear_objective(hidden, teacher, head, torch.tensor([3.5, 4.0]), BALoraConfig(), impl=impl)
+
+
+@pytest.mark.parametrize("kind", ["plain", "everything"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_without_gradients_the_value_is_the_same(kind, variant):
+    inputs, other, teacher, labels = tensors(kind, torch.float32)
+    with_grad, _ = evaluate(inputs, other, teacher, labels, VARIANTS[variant], "streaming")
+    lora = (inputs["lora_a"], inputs["lora_b"], 0.5) if "lora_a" in inputs else None
+    head = LinearHead(inputs["weight"].requires_grad_(), bias=inputs.get("bias"), lora=lora, **other)
+    with torch.no_grad():
+        without = F.linear_objective(inputs["hidden"], teacher, head, labels, VARIANTS[variant])
+    assert not without.loss.requires_grad
+    assert without.loss.item() == pytest.approx(with_grad.loss.item(), rel=1e-6)
 
 
 def test_the_linear_part_is_one_map():

@@ -131,6 +131,8 @@ def test_batches_strides_normalizers_and_scales(name):
     (-3 * LOSSES[name](leaf, teacher)).backward()
     torch.testing.assert_close(leaf.grad, -3 * grad)
     valid = torch.rand(4, 6, generator=torch.Generator().manual_seed(1)) < 0.5
+    everything, _ = evaluate(LOSSES[name], batched, teacher.view(4, 6, 30), valid=torch.ones(24, dtype=torch.bool))
+    assert torch.equal(everything, again)
     masked, _ = evaluate(LOSSES[name], batched, teacher.view(4, 6, 30), valid=valid)
     flat, _ = evaluate(LOSSES[name], z, teacher, valid=valid.flatten())
     assert masked.item() == pytest.approx(flat.item(), rel=1e-12)
