@@ -50,7 +50,7 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
     Args:
         peft_model: from ``get_pissa_model``, or any peft LoRA model whose base weights are the pre-trained ones. The
             output layer must be a plain linear map: no bias, scale, soft-cap or adapter, and not trained.
-        config: the objective.
+        config: the objective, of language generation (``task="nlg"``).
 
     Returns:
         The same model.
@@ -62,6 +62,8 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
         raise TypeError(f"peft_model: expected a peft.PeftModel, found {type(peft_model).__name__}")
     if not isinstance(config, BALoraConfig):
         raise TypeError(f"config: expected a BALoraConfig, found {type(config).__name__}")
+    if config.task != "nlg":
+        raise ValueError(f"config: task={config.task!r} is not supported by attach so far; use balora.functional")
     if _find(peft_model) is not None:
         raise ValueError("peft_model: it is attached already; call balora.detach first")
     for adapter in peft_model.peft_config.values():

@@ -289,10 +289,21 @@ def test_a_model_that_does_not_fit_is_refused_and_not_half_patched(case):
     assert {id(m): set(m.__dict__) for m in model.modules()} == before
 
 
+def test_the_2024_objective_trains():
+    model = balora.attach(balora.get_pissa_model(tiny_llama(), r=4), balora.BALoraConfig.preset("nlg_2024"))
+    train_a_little(model)
+    last = model.balora_last
+    assert last.consistency > 0
+    assert -5 < last.diversity < 0  # −log 97 at the most even
+    assert -1 <= last.svd < 0
+
+
 def test_misuse_is_named():
     model = balora.get_pissa_model(tiny_llama(), r=4)
     with pytest.raises(TypeError, match="config: expected a BALoraConfig, found dict"):
         balora.attach(model, {})
+    with pytest.raises(ValueError, match="config: task='nlu' is not supported by attach so far"):
+        balora.attach(model, balora.BALoraConfig.preset("nlu_2025"))
     for call in (lambda: balora.detach(model), lambda: balora.set_progress(model, 0, 1)):
         with pytest.raises(ValueError, match="it is not attached; call balora.attach"):
             call()
