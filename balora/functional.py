@@ -67,7 +67,7 @@ def linear_objective(
     scaled in the backward. The λ of ``config`` are used as given, without a schedule. K and k above what the batch has
     are clamped. Without a valid token the loss is a 0 that is still connected.
 
-    Memory beyond inputs and gradients is bounded whatever N (chunks of 96 MiB). Terms of the whole batch whose logits
+    Memory beyond inputs and gradients is bounded whatever N (chunks of 72 MiB). Terms of the whole batch whose logits
     are no linear map (SVD under a soft-cap, covariance, normalized squares) hold [N, N] and [N, d] besides; of a
     soft-cap the SVD term costs three more products of N·V·d.
 
@@ -190,23 +190,15 @@ def _logits(hidden: Tensor, head: LinearHead) -> Tensor:
 
 
 class _Objective(torch.autograd.Function):
-    """The gradients, of sums, are finished in the forward; the backward divides by the normalizer and scales them."""
+    """The gradients are finished in the forward; the backward scales them."""
 
     @staticmethod
     def forward(
         ctx, hidden, weight, bias, lora_a, lora_b, teacher_hidden, head, own_head, labels, kept, config, norm, grad
     ):
-        terms, gradients = streaming.objective(
-            hidden,
-            teacher_hidden,
-            head,
-            own_head,
-            labels,
-            kept,
-            config,
-            tuple(n and grad for n in ctx.needs_input_grad[:5]),
-        )
-        ctx.save_for_backward(norm, *gradients)
+        need = tuple(asked and grad for asked in ctx.needs_input_grad[:5])
+        terms, gradients = streaming.objective(hidden, teacher_hidden, head, own_head, labels, kept, config, need, norm)
+        ctx.save_for_backward(*gradients)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, lora_a, lora_b)]
         ce, consistency, diversity, svd = (t / norm.to(t.dtype) for t in terms)
         loss = ce + config.lambda_consistency * consistency
@@ -217,8 +209,7 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
-        norm, *gradients = ctx.saved_tensors
-        scaled = [_scaled(g, grad_loss / norm, dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        scaled = [_scaled(g, grad_loss, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
         return *scaled, *[None] * 8
 
 
@@ -226,11 +217,11 @@ def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | 
     """grad · scale in the type ``dtype``, multiplied in float32: a scale of 1/3 must not be rounded to bfloat16."""
     if grad is None:
         return None
+    if grad.dtype == dtype and scale.device.type == "cpu" and scale == 1:
+        return grad  # the usual case; no second copy
     wide = torch.promote_types(grad.dtype, torch.float32)
-    if grad.dtype == wide:
-        return (grad * scale.to(wide)).to(dtype)
     out = torch.empty_like(grad, dtype=dtype)
-    step = max(1, 2**22 // max(1, grad[0].numel())) if len(grad) else 1  # no second copy of it all
+    step = max(1, 2**22 // max(1, grad[0].numel())) if len(grad) else 1
     for part, into in zip(grad.split(step), out.split(step), strict=True):
         into.copy_(part.to(wide) * scale.to(wide))
     return out

@@ -22,7 +22,7 @@ _STEPS = 12
 _OVERSAMPLE = 10
 _SEED = 0
 _SHIFTED = 3  # steps of CholeskyQR with a shift
-_ROW_BYTES = 16 * 2**20  # of rows that are widened to the accumulation type at a time
+_ROW_BYTES = 4 * 2**20  # of rows that are widened to the accumulation type at a time
 
 
 class HeadGram(NamedTuple):

@@ -25,7 +25,7 @@ from .head import Linear, LinearHead
 if TYPE_CHECKING:
     from .config import BALoraConfig
 
-_CHUNK_BYTES = 96 * 2**20  # the logits and difference logits of a chunk
+_CHUNK_BYTES = 72 * 2**20  # the logits and difference logits of a chunk
 _BLOCK_BYTES = 2 * 2**20  # a block of rows that is worked on at once; it should stay in the cache
 
 
@@ -39,7 +39,7 @@ class Terms(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of CE + λ₁·consistency + λ₂·diversity + λ₃·svd, as ``Terms`` has them; None where nobody asked."""
+    """Of (CE + λ₁·consistency + λ₂·diversity + λ₃·svd) / norm, as ``Terms`` has them; None where nobody asked."""
 
     hidden: Tensor | None  # [M, d]; the type of hidden, float32 for float16
     weight: Tensor | None  # [V, d], float32 or float64, as those below
@@ -57,10 +57,11 @@ def objective(
     kept: Tensor | None,
     config: BALoraConfig,
     need: tuple[bool, bool, bool, bool, bool],
+    norm: Tensor | None = None,
 ) -> tuple[Terms, Gradients]:
-    """The terms of the objective over the valid rows, and the gradients of their weighted sum.
+    """The terms of the objective over the valid rows, and the gradients of their weighted sum over ``norm``.
 
-    Nothing is divided by the number of rows. A term whose λ is 0 is not computed, and is 0.
+    The terms are not divided by the number of rows. A term whose λ is 0 is not computed, and is 0.
 
     Args:
         hidden, teacher_hidden: [M, d]; the teacher [M, d_T], None if λ₁ is 0.
@@ -70,7 +71,7 @@ def objective(
         need: which gradients are asked for: hidden, weight, bias, A, B.
     """
     dtype = torch.float64 if torch.float64 in (hidden.dtype, head.weight.dtype) else torch.float32
-    batch_run = _Run(hidden, teacher_hidden, head, teacher_head, labels, kept, config, need, dtype)
+    batch_run = _Run(hidden, teacher_hidden, head, teacher_head, labels, kept, config, need, norm, dtype)
     if batch_run.n == 0:
         zero = hidden.new_zeros((), dtype=dtype)
         return Terms(zero, zero, zero, zero), batch_run.gradients()
@@ -89,9 +90,10 @@ def objective(
 class _Run:
     """One evaluation of the objective: its inputs, how they are multiplied, and the gradients as they grow."""
 
-    def __init__(self, hidden, teacher_hidden, head, teacher_head, labels, kept, config, need, dtype) -> None:
+    def __init__(self, hidden, teacher_hidden, head, teacher_head, labels, kept, config, need, norm, dtype) -> None:
         self.hidden, self.labels, self.kept, self.config, self.dtype = hidden, labels, kept, config, dtype
         self.head, self.need = head, need
+        self.scale = 1.0 if norm is None else 1 / norm.to(dtype)
         self.teacher_hidden = None if config.lambda_consistency == 0 else teacher_hidden
         self.linear = Linear(head, dtype)
         self.own_head = None if teacher_head is None or self.teacher_hidden is None else teacher_head
@@ -170,15 +172,16 @@ class _Run:
     def token_terms(self) -> tuple[Tensor, Tensor, Tensor]:
         """CE, KL (without T²) and −entropy, sums over the rows; their gradients and the SVD term's are added."""
         vocab = self.vocab
-        wide, half = self.dtype.itemsize, 2
-        row_bytes = wide + (half if self.narrow_delta or self.narrow_grad else 0)
-        row_bytes = vocab * (row_bytes + (wide if self.kl and not self.narrow_delta else 0))
+        wide, narrow = self.dtype.itemsize, self.narrow_delta or self.narrow_grad
+        # A product with a [c, V] operand in bfloat16 packs it: that is there once more.
+        row_bytes = wide + (4 if narrow else 0) + (wide if self.kl and not self.narrow_delta else 0)
+        row_bytes *= vocab
         count = -(-self.n // max(1, _CHUNK_BYTES // row_bytes))
         chunk = -(-self.n // count)
         block = max(1, min(chunk, _BLOCK_BYTES // (vocab * wide)))
         new = self.hidden.new_empty
         z = new(chunk, vocab, dtype=self.dtype)
-        narrow = new(chunk, vocab, dtype=torch.bfloat16) if self.narrow_delta or self.narrow_grad else None
+        half = new(chunk, vocab, dtype=torch.bfloat16) if narrow else None
         delta = new(chunk, vocab, dtype=self.dtype) if self.kl and not self.narrow_delta else None
         work = new(rows.BUFFERS, block, vocab, dtype=self.dtype)
         wide_delta = new(block, vocab, dtype=self.dtype) if self.narrow_delta else None
@@ -191,17 +194,17 @@ class _Run:
             y = self.pick(self.labels, start, stop)
             self.linear.forward(h, self.linear.columns(h), z[: stop - start])
             if self.kl:
-                self._difference(h, start, stop, narrow if delta is None else delta)
+                self._difference(h, start, stop, half if delta is None else delta)
             for first in range(0, stop - start, block):
                 here = slice(first, min(first + block, stop - start))
                 d = None if delta is None else delta[here]
-                if wide_delta is not None and narrow is not None:
-                    d = wide_delta[: here.stop - first].copy_(narrow[here])
+                if wide_delta is not None and half is not None:
+                    d = wide_delta[: here.stop - first].copy_(half[here])
                 found += torch.stack([t.sum() for t in self._block(z[here], d, y[here], work, slope)]).to(found)
-                if self.narrow_grad and narrow is not None:
-                    narrow[here] = z[here]
+                if self.narrow_grad and half is not None:
+                    half[here] = z[here]
             if self.need_grad:
-                g = narrow if self.narrow_grad and narrow is not None else z
+                g = half if self.narrow_grad and half is not None else z
                 self._backward(g[: stop - start], h, start, stop)
         return found[0], found[1], found[2]
 
@@ -288,6 +291,7 @@ class _Run:
                 self.grad_a.addmm_(du.T, h)
         if self.grad_hidden is None:
             return
+        dh = dh * self.scale
         if self.kept is None:
             self.grad_hidden[start:stop] += dh
         else:
@@ -350,6 +354,9 @@ class _Run:
 
     def gradients(self) -> Gradients:
         hidden, e = self.grad_hidden, self.grad_extra
+        for grad in (self.grad_weight, e, self.grad_a):
+            if grad is not None:
+                grad *= self.scale
         if hidden is not None and hidden.dtype != self.hidden.dtype and self.hidden.dtype != torch.float16:
             hidden = hidden.to(self.hidden.dtype)
         r = 0 if self.linear.a is None else len(self.linear.a)

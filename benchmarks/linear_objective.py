@@ -130,10 +130,10 @@ IMPLEMENTATIONS = {
 
 def forward_backward(function, p: Problem, config: balora.BALoraConfig) -> harness.Run:
     def run() -> tuple[Tensor, dict[str, Tensor]]:
-        p.hidden.grad = None
         loss = function(p, config)
-        loss.backward()
-        return loss.detach(), {"hidden": p.hidden.grad}
+        # not backward(): a leaf's .grad is a copy, which the hidden states of a model, no leaf, do not have
+        (grad,) = torch.autograd.grad(loss, p.hidden)
+        return loss.detach(), {"hidden": grad}
 
     return run
 
