@@ -110,7 +110,8 @@ class _Run:
         self.whole = self.whole or (config.lambda_diversity != 0 and config.diversity == "covariance")
         narrow = hidden.dtype == head.weight.dtype == torch.bfloat16
         # Products of bfloat16 numbers are exact in float32, so a fast bfloat16 product loses nothing.
-        self.exact_in_bfloat16 = narrow and (self.own_head is None or self.own_head.weight.dtype == torch.bfloat16)
+        self.exact_in_bfloat16 = narrow and hidden.device.type == "cpu"
+        self.exact_in_bfloat16 &= self.own_head is None or self.own_head.weight.dtype == torch.bfloat16
         self.narrow_delta = narrow and kl and self.own_head is None and head.lora is None and head.softcap is None
         self.narrow_grad = narrow and self.need_grad and not self.trained_head
 

@@ -174,6 +174,22 @@ def test_huge_logits():
     check((hidden * 1e2, teacher * 1e2, weight * 1e2, labels), ALL_TERMS, torch.float32)
 
 
+def test_the_precision_of_other_products_is_left_as_it_was(monkeypatch):
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(settings, "fp32_precision"):
+        pytest.skip("this torch has no precision of products on the CPU to set")
+    seen = []
+    monkeypatch.setattr(streaming.rows, "block", lambda *a, **k: seen.append(settings.fp32_precision) or 1 / 0)
+    inputs = problem(5, 8, 20, dtype=torch.bfloat16)
+    before = settings.fp32_precision
+    with pytest.raises(ZeroDivisionError):
+        run(*inputs, ALL_TERMS, "streaming")
+    assert settings.fp32_precision == before
+    with pytest.raises(ZeroDivisionError):
+        run(*(x.float() if x.is_floating_point() else x for x in inputs), ALL_TERMS, "streaming")
+    assert seen == ["bf16", before]
+
+
 def test_two_one_hot_rows_far_apart():
     hidden = torch.tensor([[200.0, 0.0], [1.0, 0.0]])
     teacher = torch.tensor([[0.0, 200.0], [1.0, 1e-4]])  # one row far, one near, in one chunk
