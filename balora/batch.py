@@ -1,8 +1,9 @@
-"""Terms of the whole batch, from tiles of the vocabulary: SVD, covariance, normalized squares.
+"""Terms of the whole batch, from tiles of the logits: SVD, covariance, normalized squares.
 
-With M = Z Zᵀ [N, N] (or Zᵀ Z [V, V], where that is smaller) the gradient of a singular value, or of the sum of squared
-covariances, is a small matrix times Z. So one pass over tiles of columns collects M, and a second one writes the
-gradient; nothing else of size [N, V] is held. Accumulated in ``spectral.accumulation_dtype``.
+With M = Z Zᵀ [N, N], or Zᵀ Z [V, V] where that is smaller, the gradient of a singular value, or of the sum of squared
+covariances, is a small matrix times Z. So one pass over tiles (of columns, or of rows) collects M, and a second one
+writes the gradient; nothing of size [N, V] is held. Accumulated, and multiplied, in ``spectral.accumulation_dtype``: a
+product with 1/σ_i rounded to float32 would lose what it cancels.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Batch:
         variance: float = 0.0,
     ) -> None:
         self.n, self.vocab = shape
-        self.by_rows = self.vocab > self.n  # M is Z Zᵀ; else all columns are one tile
+        self.by_columns = self.vocab > self.n  # tiles of columns, M = Z Zᵀ; else tiles of rows, M = Zᵀ Z
         self.dtype, self.itemsize = spectral.accumulation_dtype(like), like.itemsize
         self.lambdas = lambda_consistency, lambda_covariance, lambda_svd
         self.rank, self.norm, self.variance = rank, norm, variance
@@ -54,23 +55,33 @@ class Batch:
         self.gram = new(side, side, dtype=self.dtype) if lambda_svd else None
         self.centred = new(side, side, dtype=self.dtype) if lambda_covariance else None  # of Z − Z̄
         self.squares = new((), dtype=self.dtype)  # Σ_j (Σ_m (Z − Z̄)²_mj)²
+        self.shift: Tensor | None = None  # [V], near the mean of the columns; of tiles of rows
+        self.excess = new(self.vocab if not self.by_columns else 0, dtype=self.dtype)  # Σ (Z − shift)
         self.products = new(3, dtype=self.dtype)  # ‖Z‖²_F, ‖Z_P‖²_F, ⟨Z_P, Z⟩
 
-    def tiles(self) -> Iterator[slice]:
-        """The columns of each tile."""
-        step = max(1, _TILE_BYTES // (max(self.n, 1) * self.itemsize)) if self.by_rows else self.vocab
-        for start in range(0, self.vocab, step):
-            yield slice(start, min(start + step, self.vocab))
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        """The rows and the columns of each tile."""
+        short, long = sorted((self.n, self.vocab))
+        step = max(1, _TILE_BYTES // (max(short, 1) * self.itemsize))
+        for start in range(0, long, step):
+            part = slice(start, min(start + step, long))
+            yield (slice(0, self.n), part) if self.by_columns else (part, slice(0, self.vocab))
 
     def collect(self, z: Tensor, z_teacher: Tensor | None = None) -> None:
-        """A tile of the first pass. z, z_teacher [N, v]."""
+        """A tile of the first pass. z, z_teacher [n, v]."""
         wide = z.to(self.dtype)
         if self.gram is not None:
-            self.gram += wide @ wide.T if self.by_rows else wide.T @ wide
-        if self.centred is not None:
+            self.gram += wide @ wide.T if self.by_columns else wide.T @ wide
+        if self.centred is not None and self.by_columns:
             centred = wide - wide.mean(0)
-            self.centred += centred @ centred.T if self.by_rows else centred.T @ centred
+            self.centred += centred @ centred.T
             self.squares += centred.square().sum(0).square().sum()
+        elif self.centred is not None:
+            if self.shift is None:
+                self.shift = wide.mean(0)
+            shifted = wide - self.shift
+            self.centred += shifted.T @ shifted
+            self.excess += shifted.sum(0)
         if z_teacher is not None:
             teacher = z_teacher.to(self.dtype)
             self.products += torch.stack([(wide * wide).sum(), (teacher * teacher).sum(), (teacher * wide).sum()])
@@ -85,33 +96,46 @@ class Batch:
             units = self.products[:2] / norms**2  # 1, or 0 of a zero matrix
             self.cosine = self.products[2] / norms.prod()
             consistency = (units.sum() - 2 * self.cosine).clamp_min(0)
-        if self.centred is not None and self.n > 1:
-            self.per_pair = 1 / (self.vocab * (self.n - 1) ** 2)
-            covariance = (self.centred.square().sum() - self.squares).clamp_min(0) * self.per_pair
-            if not self.by_rows:
-                self.centred.fill_diagonal_(0)  # what is left are the pairs i ≠ j
-                covariance = self.centred.square().sum() * self.per_pair
+        if self.centred is not None:
+            # Of one row everything is 0: any number but 0 divides it.
+            self.per_pair = 1 / (self.vocab * max(self.n - 1, 1) ** 2)
+            if self.by_columns:
+                total = (self.centred.square().sum() - self.squares).clamp_min(0)
+            else:
+                m = self.centred - torch.outer(self.excess, self.excess) / max(self.n, 1)
+                self.centred = m - m.diag().diag()  # what is left are the pairs i ≠ j
+                total = self.centred.square().sum()
+            covariance = total * self.per_pair
         if self.gram is not None:
             term = spectral.svd_term(
-                self.gram, None, self.rank, norm=self.norm, variance=self.variance, need_grad=need_grad
+                self.gram,
+                None,
+                self.rank,
+                min(self.n, self.vocab),
+                norm=self.norm,
+                variance=self.variance,
+                need_grad=need_grad,
             )
             svd, self.k = term.value, term.k
         return BatchTerms(consistency, covariance, svd)
 
     def gradient(self, z: Tensor, z_teacher: Tensor | None = None) -> Tensor:
-        """The gradient by a tile. z, z_teacher [N, v] -> [N, v] in the type of z."""
+        """The gradient by a tile. z, z_teacher [n, v] -> [n, v] in the type of z."""
         lambda_consistency, lambda_covariance, lambda_svd = self.lambdas
-        total = torch.zeros_like(z)
+        wide = z.to(self.dtype)
+        total = torch.zeros_like(wide)
         if lambda_svd and self.k is not None:
-            k = (lambda_svd * self.k).to(z.dtype)
-            total += k @ z if self.by_rows else z @ k
-        if self.centred is not None and self.n > 1:
-            centred = z - z.mean(0)
-            m = self.centred.to(z.dtype)
-            pairs = m @ centred - centred * centred.square().sum(0) if self.by_rows else centred @ m
+            total += lambda_svd * (self.k @ wide if self.by_columns else wide @ self.k)
+        if self.centred is not None:
+            if self.by_columns:
+                centred = wide - wide.mean(0)
+                pairs = self.centred @ centred - centred * centred.square().sum(0)
+            else:
+                assert self.shift is not None
+                pairs = (wide - self.shift - self.excess / self.n) @ self.centred
             total += (4 * lambda_covariance * self.per_pair) * pairs
         if lambda_consistency and z_teacher is not None:
             weight = 2 * lambda_consistency / self.norm_student
-            total += (weight * self.cosine / self.norm_student).to(z.dtype) * z
-            total -= (weight / self.norm_teacher).to(z.dtype) * z_teacher
-        return total
+            total += (weight * self.cosine / self.norm_student) * wide
+            total -= (weight / self.norm_teacher) * z_teacher.to(self.dtype)
+        return total.to(z.dtype)

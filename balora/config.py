@@ -158,7 +158,7 @@ class BALoraConfig:
         ``cosine``: λ₁ · (0.1 + 0.9 · ½ (1 + cos(π · step / max_steps))), a cosine with a floor of a tenth.
         ``two_phase``: 0 for the first ``focus_warmup`` of the steps, then linear over ``focus_ramp``, then 1.
         """
-        progress = min(max(step / max_steps, 0.0), 1.0)
+        progress = min(max(step / max(max_steps, 1), 0.0), 1.0)
         drift = focus = 1.0
         if self.consistency_schedule == "cosine":
             drift = 0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 IGNORE_INDEX = -100
+_SCALED_AT_A_TIME = 2**22  # elements of a gradient that are widened at a time
 
 
 class BALoraOutput(NamedTuple):
@@ -67,9 +68,13 @@ def linear_objective(
     scaled in the backward. The λ of ``config`` are used as given, without a schedule. K and k above what the batch has
     are clamped. Without a valid token the loss is a 0 that is still connected.
 
-    Memory beyond inputs and gradients is bounded whatever N (chunks of 72 MiB). Terms of the whole batch whose logits
-    are no linear map (SVD under a soft-cap, covariance, normalized squares) hold [N, N] and [N, d] besides; of a
-    soft-cap the SVD term costs three more products of N·V·d.
+    Memory beyond inputs and gradients is bounded whatever N (chunks of 72 MiB); a loss that is scaled before the
+    backward has its gradients twice for a moment. Terms of the whole batch that take the logits themselves (covariance,
+    normalized squares, SVD under a soft-cap or of a classifier with V < d) hold [N, N] or [V, V], and [N, d], besides;
+    of a soft-cap the SVD term costs three more products of N·V·d.
+
+    From bfloat16 inputs the KL and its gradient are within 2 % up to a KL of about 10 per token; beyond, the rounding
+    of the difference logits (1/512 of their size) shows.
 
     A regression head (V = 1, ``config.task="nlu"``, floating-point labels) has the mean squared error in place of CE
     and of the KL; diversity and SVD are undefined for it, and None.
@@ -84,7 +89,8 @@ def linear_objective(
             The two logits are subtracted in float32, which keeps less of a small KL than a shared head does. A student
             with an adapter on its head wants this: its teacher's head is the one without.
         normalizer: what the sums over tokens are divided by, instead of the number of valid tokens of this batch (the
-            number over all micro-batches and ranks). Terms of the whole batch are weighted by n_valid / normalizer.
+            number over all micro-batches and ranks). Terms of the whole batch are weighted by n_valid / normalizer. A
+            number must be above 0; of a tensor that is not checked, which would wait for the device.
         impl: "auto", "streaming" or "reference" (everything materialized, autograd: for tests).
 
     Returns:
@@ -109,7 +115,7 @@ def linear_objective(
         _check_label_range(label_rows if n == len(label_rows) else label_rows[kept], head.weight.shape[0])
         if n == len(label_rows):
             kept = None
-    norm = torch.as_tensor(max(n, 1) if normalizer is None else normalizer, device=hidden.device)
+    norm = torch.as_tensor(max(n, 1) if normalizer is None else normalizer, device=hidden.device).reshape(())
 
     grad_enabled = torch.is_grad_enabled()  # within a Function it never is
     # Autocast would round the logits to half precision; the objective is float32 arithmetic whatever surrounds it.
@@ -126,7 +132,7 @@ def linear_objective(
                 hidden_rows, *head.tensors, teacher_rows, head, own_head, label_rows, kept, config, norm, grad_enabled
             )
         if regression or impl == "reference":
-            ce, consistency, diversity, svd = terms = [t / norm for t in sums]
+            ce, consistency, diversity, svd = terms = [t / norm.to(t.dtype) for t in sums]
             loss = ce + config.lambda_consistency * consistency
             loss = loss + config.lambda_diversity * diversity + config.lambda_svd * svd
     ce, consistency, diversity, svd = (t.detach() for t in terms)
@@ -150,8 +156,8 @@ def _reference_sums(
 ) -> list[Tensor]:
     """CE, consistency, diversity and SVD as sums over the rows, everything materialized, autograd."""
     z = _logits(hidden, head)
-    zero = (0.0 * z).sum()
     n, vocab = z.shape
+    zero = z.sum() if n == 0 else z.new_zeros(())  # of no row a 0 that is connected; 0 · −∞ would be NaN
     ce, consistency, diversity, svd = (reference.cross_entropy(z, labels) if n else zero, zero, zero, zero)
     if teacher_hidden is not None:
         z_teacher = _logits(teacher_hidden, own_head or head).detach()
@@ -221,7 +227,7 @@ def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | 
         return grad  # the usual case; no second copy
     wide = torch.promote_types(grad.dtype, torch.float32)
     out = torch.empty_like(grad, dtype=dtype)
-    step = max(1, 2**22 // max(1, grad[0].numel())) if len(grad) else 1
+    step = max(1, _SCALED_AT_A_TIME // max(1, grad[0].numel())) if len(grad) else 1
     for part, into in zip(grad.split(step), out.split(step), strict=True):
         into.copy_(part.to(wide) * scale.to(wide))
     return out
@@ -407,8 +413,8 @@ class _Batch(torch.autograd.Function):
             ctx.save_for_backward(z, kept)
             return z.new_zeros((), dtype=wide)
         solver = batch.Batch((n, z.shape[1]), z.new_empty(0, dtype=wide), **terms)
-        for at in solver.tiles():
-            solver.collect((z[:, at] if kept is None else z[kept, at]).to(wide))
+        for row, column in solver.tiles():
+            solver.collect(z[row if kept is None else kept[row], column].to(wide))
         found = solver.solve(need_grad=ctx.needs_input_grad[0])
         ctx.save_for_backward(z, kept)
         ctx.solver = solver
@@ -420,13 +426,11 @@ class _Batch(torch.autograd.Function):
         z, kept = ctx.saved_tensors
         out = torch.zeros_like(z)
         if ctx.solver is not None:
-            wide = torch.promote_types(z.dtype, torch.float32)
-            for at in ctx.solver.tiles():
-                part = ctx.solver.gradient((z[:, at] if kept is None else z[kept, at]).to(wide)) * grad_loss
-                if kept is None:
-                    out[:, at] = part
-                else:
-                    out[kept, at] = part.to(out.dtype)
+            with torch.autocast(z.device.type, enabled=False):
+                for row, column in ctx.solver.tiles():
+                    row = row if kept is None else kept[row]
+                    gradient = ctx.solver.gradient(z[row, column].to(grad_loss.dtype)) * grad_loss
+                    out[row, column] = gradient.to(out.dtype)
         return out, None, None
 
 
@@ -489,7 +493,8 @@ class _RandomizedSVD(torch.autograd.Function):
         u, s, vh = ctx.saved_tensors
         noise = s[..., :1] * torch.finfo(s.dtype).eps
         grad_s = torch.where(s <= noise, torch.zeros_like(grad_s), grad_s)
-        return ((u * grad_s[..., None, :]) @ vh).to(ctx.dtype), *[None] * 4
+        with torch.autocast(u.device.type, enabled=False):
+            return ((u * grad_s[..., None, :]) @ vh).to(ctx.dtype), *[None] * 4
 
 
 def _logit_rows(name: str, logits: Any, valid: Any, normalizer: Any) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -516,7 +521,8 @@ def _logit_rows(name: str, logits: Any, valid: Any, normalizer: Any) -> tuple[Te
             kept = None
     _check_normalizer(normalizer)
     n = len(rows) if kept is None else len(kept)
-    return rows, kept, torch.as_tensor(max(n, 1) if normalizer is None else normalizer, device=logits.device)
+    norm = torch.as_tensor(max(n, 1) if normalizer is None else normalizer, device=logits.device)
+    return rows, kept, norm.reshape(()).to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _wide(z: Tensor, kept: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,8 +101,8 @@ class LinearHead:
 
 
 def _version(tensor: Tensor) -> tuple[Any, ...]:
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), tensor.device, version
+    # inference tensors do not count their changes: nothing is equal to a new object
+    return tensor.data_ptr(), tensor.device, object() if tensor.is_inference() else tensor._version
 
 
 class Linear:
@@ -123,24 +124,30 @@ class Linear:
         self.has_bias = bias is not None
         self._buffer: Tensor | None = None
 
-    def columns(self, h: Tensor) -> Tensor | None:
+    def columns(self, h: Tensor, with_bias: bool = True) -> Tensor | None:
         """The columns of X beside H. h [c, d] -> [c, e]."""
         parts = [] if self.a is None else [self.scaling * (h @ self.a.T)]
-        if self.has_bias:
+        if self.has_bias and with_bias:
             parts.append(h.new_ones(len(h), 1))
         return torch.cat(parts, 1) if parts else None
 
-    def forward(self, h: Tensor, x: Tensor | None, out: Tensor, at: slice = slice(None)) -> None:
-        """out = scale · (h Wᵀ + x Eᵀ), for the entries ``at`` of the vocabulary. h [c, d], x [c, e] -> out [c, V]."""
-        for part, tile in self.tiles(at):
-            torch.mm(h, tile.T, out=out[:, part])
+    def forward(
+        self, h: Tensor, x: Tensor | None, out: Tensor, at: slice = slice(None), bfloat16: bool = False
+    ) -> None:
+        """out = scale · (h Wᵀ + x Eᵀ), for the entries ``at`` of the vocabulary. h [c, d], x [c, e] -> out [c, V].
+
+        x may lack the last columns of E. bfloat16 says that h holds bfloat16 numbers.
+        """
+        with _bfloat16_products(bfloat16 and self.weight.dtype == torch.bfloat16 and h.device.type == "cpu"):
+            for part, tile in self.tiles(at):
+                torch.mm(h, tile.T, out=out[:, part])
         if x is not None and self.extra is not None:
-            out.addmm_(x, self.extra[at].T)
+            out.addmm_(x, self.extra[at, : x.shape[1]].T)
         if self.scale != 1:
             out.mul_(self.scale)
 
     def backward(self, g: Tensor, at: slice = slice(None)) -> Tensor:
-        """The gradient by X [c, d + e] of what has the gradient g [c, V] by the output of ``forward``."""
+        """The gradient by [H | s·H Aᵀ], [c, d + r], of what has the gradient g [c, V] by the output of ``forward``."""
         total = None
         for part, tile in self.tiles(at):
             if total is None:
@@ -148,9 +155,13 @@ class Linear:
             else:
                 total.addmm_(g[:, part], tile)
         assert total is not None
-        if self.extra is not None:
-            total = torch.cat([total, g @ self.extra[at]], 1)
-        return total if self.scale == 1 else total.mul_(self.scale)
+        return self.with_adapter(g, total, at)
+
+    def with_adapter(self, g: Tensor, dh: Tensor, at: slice = slice(None)) -> Tensor:
+        """The gradient by H, [c, d], with that by the adapter's columns beside it, both times the scale."""
+        if self.a is not None and self.extra is not None:
+            dh = torch.cat([dh, g.to(self.dtype) @ self.extra[at, : len(self.a)]], 1)
+        return dh if self.scale == 1 else dh.mul_(self.scale)
 
     def tiles(self, at: slice = slice(None)) -> Iterator[tuple[slice, Tensor]]:
         """The weight in the arithmetic's type: whole where it has that already, else a tile of the vocabulary at a
@@ -165,6 +176,24 @@ class Linear:
         for start in range(0, len(weight), step):
             stop = min(start + step, len(weight))
             yield slice(start, stop), self._buffer[: stop - start].copy_(weight[start:stop])
+
+
+@contextmanager
+def _bfloat16_products(exact: bool) -> Iterator[None]:
+    """Let float32 products on the CPU run on bfloat16 hardware, for as long as this takes: where both operands hold
+    bfloat16 numbers nothing is rounded, the products are summed in float32."""
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if not exact or settings is None or not hasattr(settings, "fp32_precision"):
+        yield
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = "none"  # what holds for all of torch; written only where that is not what held here
+        if settings.fp32_precision != before:
+            settings.fp32_precision = before
 
 
 def describe(value: Any) -> str:

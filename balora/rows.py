@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _FAR = 30.0  # a row with a |δ|/T above it, its mean taken off, takes the guarded form
-_MASKED = -1000.0  # stands for the δ/T of −∞ of an entry that the teacher masks: its probability is 0 all the same
+_MASKED = -1000.0  # stands for the δ/T of −∞ of an entry that the teacher masks: e^−1000 is 0 in every type
 BUFFERS = 5  # of the block's shape, for ``block``
 
 
@@ -75,7 +75,7 @@ def block(
     log_p: Tensor | None = None
     if whole_entropy and p is not None:
         # Below −10⁴ the probability is 0 in every type, and 0 · −∞ must not be NaN.
-        log_p = torch.sub(z, highest + log_total, out=work[3]).clamp_min_(-1e4)
+        log_p = torch.sub(z, highest, out=work[3]).sub_(log_total).clamp_min_(-1e4)
         terms.negative_entropy.copy_(_dot(p, log_p, work[4]))
 
     pull: Tensor | None = None
@@ -100,7 +100,7 @@ def block(
         decay = 1 / (1 + shift)  # e^(−Δ) [b, 1]
         drop = strength * shift * decay  # −strength · (e^(−Δ) − 1)
         if far is not None and pull is not None:
-            base = 0.0 if labels is None and not whole_entropy else z[far].softmax(-1)
+            base = 0.0 if labels is None else z[far].softmax(-1)
             pull = base + strength * pull
         if inverse_squares is not None:
             torch.mul(p_soft, inverse_squares, out=z).add_(drop).mul_(p_soft)
@@ -213,13 +213,17 @@ def softcap(z: Tensor, delta: Tensor | None, cap: float, slope: Tensor | None, w
 
 
 def subtract_logits(teacher: Tensor, z: Tensor, temperature: float) -> None:
-    """δ/T = (Z_P − Z)/T in place of the teacher's logits; 0 where both are −∞, a masked vocabulary. Both [b, V]."""
+    """δ/T = (Z_P − Z)/T in place of the teacher's logits, up to a constant of the row. Both [b, V].
+
+    The constant makes both maxima 0: so an entry below −1000 is one to which the teacher gives no probability. 0 where
+    both are −∞, a masked vocabulary.
+    """
+    offset = teacher.amax(-1, keepdim=True) - z.amax(-1, keepdim=True)  # [b, 1]
     masked = torch.isneginf(z)
-    if masked.any():
-        masked &= torch.isneginf(teacher)
-        teacher.sub_(z).masked_fill_(masked, 0.0)
-    else:
-        teacher.sub_(z)
+    both = (masked & torch.isneginf(teacher)) if masked.any() else None
+    teacher.sub_(z).sub_(offset)
+    if both is not None:
+        teacher.masked_fill_(both, 0.0)
     teacher.mul_(1 / temperature).clamp_min_(_MASKED)
 
 

@@ -86,23 +86,23 @@ def head_gram(weight: Tensor, extra: Tensor | None = None, known: Tensor | None 
 
 
 def _factor(g: Tensor) -> Tensor:
-    """C with C Cᵀ = G up to rounding. A G that is singular (fewer rows than columns, an adapter that starts at 0) gets
-    a diagonal of the size of its rounding, so that the triangular factor exists."""
+    """C with C Cᵀ = G up to rounding; of a singular G (dependent columns, an adapter that starts at 0) from its
+    eigenvectors, with columns of exact zeros."""
     if not torch.isfinite(g).all():
         return torch.full_like(g, torch.nan)
-    rounding = g.diagonal().mean() * (len(g) * torch.finfo(g.dtype).eps)
-    for jitter in (0, 1, 100):
-        factor, info = torch.linalg.cholesky_ex(g + jitter * rounding * torch.eye(len(g)).to(g) if jitter else g)
-        if info.item() == 0:
-            return factor
+    factor, info = torch.linalg.cholesky_ex(g)
+    if info.item() == 0:
+        return factor
     values, vectors = torch.linalg.eigh(g)
-    return vectors * values.clamp_min(0).sqrt()
+    rounding = len(g) * torch.finfo(g.dtype).eps * values[-1:].clamp_min(0)
+    return vectors * torch.where(values <= rounding, torch.zeros_like(values), values).sqrt()
 
 
 def svd_term(
     s: Tensor,
     head: HeadGram | None,
     rank: int,
+    count: int,
     *,
     norm: str = "fro",
     variance: float = 0.0,
@@ -120,12 +120,13 @@ def svd_term(
     Args:
         s: XᵀX [d, d] (or Z Zᵀ, with head None: then the gradient by Z is K·Z).
         head: of W, None for the identity.
-        rank: k, no more than the number of singular values.
+        rank: k, no more than count.
+        count: the number of singular values, min(N, V). Those beyond d are 0.
         iterate: the type of the Krylov products, where that is not s's own.
     """
     g, c = (None, None) if head is None else (m.to(s.dtype) for m in head)
-    rank = min(rank, len(s))
-    values, vectors = _leading_eigenpairs(s, c, len(s) if norm == "nuclear" else rank, iterate or s.dtype)
+    wanted = min(count if norm == "nuclear" else rank, len(s))
+    values, vectors = _leading_eigenpairs(s, c, wanted, iterate or s.dtype)
     # Below the rounding of the Gram matrices an eigenvalue is noise, and its direction arbitrary: it counts as 0.
     noise = values[:1] * torch.finfo(s.dtype).eps * 8
     sigma = torch.where(values <= noise, torch.zeros_like(values), values).sqrt()  # keeps NaN
@@ -134,12 +135,13 @@ def svd_term(
     whole = sigma.sum() if norm == "nuclear" else squares.clamp_min(0).sqrt()
     zero = whole == 0
     whole = whole.masked_fill(zero, 1.0)
-    value = -(leading.sum() / whole + variance * leading.var(correction=0))
+    mean = leading.sum() / rank  # zeros beyond d count too
+    value = -(leading.sum() / whole + variance * (leading.square().sum() / rank - mean**2).clamp_min(0))
     if not need_grad:
         return SVDTerm(value, None, None)
 
     slope = torch.zeros_like(sigma)  # ∂value/∂σ_i, at fixed ‖Z‖_F
-    slope[:rank] = -1 / whole - (2 * variance / rank) * (leading - leading.mean())
+    slope[:rank] = -1 / whole - (2 * variance / rank) * (leading - mean)
     multiple = torch.zeros_like(whole)  # what ‖Z‖_F adds: this multiple of Z
     if norm == "nuclear":
         slope += leading.sum() / whole**2

@@ -12,7 +12,6 @@ the logits are a linear map of the hidden states (``spectral``), else those of `
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -75,10 +74,9 @@ def objective(
     if batch_run.n == 0:
         zero = hidden.new_zeros((), dtype=dtype)
         return Terms(zero, zero, zero, zero), batch_run.gradients()
-    with _bfloat16_products(batch_run.exact_in_bfloat16):
-        svd = batch_run.linear_svd()
-        ce, kl, entropy = batch_run.token_terms()
-        whole = batch_run.batch_terms()
+    svd = batch_run.linear_svd()
+    ce, kl, entropy = batch_run.token_terms()
+    whole = batch_run.batch_terms()
     n = batch_run.n
     consistency = whole.consistency * n if config.consistency == "normalized_mse" else config.temperature**2 * kl
     diversity = whole.covariance * n if config.diversity == "covariance" else entropy
@@ -105,13 +103,11 @@ class _Run:
         kl = self.teacher_hidden is not None and config.consistency == "kl"
         self.kl = kl
         svd = config.lambda_svd != 0
-        self.whole_svd = svd and head.softcap is not None
+        # A classifier has fewer classes than hidden units: Z itself has the smaller Gram matrix.
+        self.whole_svd = svd and (head.softcap is not None or self.vocab < self.d)
         self.whole = self.whole_svd or (self.teacher_hidden is not None and config.consistency == "normalized_mse")
         self.whole = self.whole or (config.lambda_diversity != 0 and config.diversity == "covariance")
         narrow = hidden.dtype == head.weight.dtype == torch.bfloat16
-        # Products of bfloat16 numbers are exact in float32, so a fast bfloat16 product loses nothing.
-        self.exact_in_bfloat16 = narrow and hidden.device.type == "cpu"
-        self.exact_in_bfloat16 &= self.own_head is None or self.own_head.weight.dtype == torch.bfloat16
         self.narrow_delta = narrow and kl and self.own_head is None and head.lora is None and head.softcap is None
         self.narrow_grad = narrow and self.need_grad and not self.trained_head
 
@@ -145,10 +141,12 @@ class _Run:
         s = spectral.gram(
             self.x(self.pick(self.hidden, i, min(i + step, self.n)).to(self.dtype)) for i in range(0, self.n, step)
         )
+        count = min(self.n, self.vocab)
         term = spectral.svd_term(
             s,
             self.head.gram,
-            rank_of(config.svd_rank, min(self.n, self.vocab)),
+            rank_of(config.svd_rank, count),
+            count,
             norm=config.svd_norm,
             variance=config.svd_variance,
             iterate=self.dtype,
@@ -157,17 +155,20 @@ class _Run:
         )
         weight = config.lambda_svd * self.n
         if term.k is not None and (self.grad_hidden is not None or self.grad_a is not None):
-            self.k = (term.k * weight).to(self.dtype)
+            self.k = term.k * weight
         if term.k_weight is not None:
-            k = (term.k_weight * weight).to(self.dtype)  # [d + e, d + e]
-            extra = self.linear.extra
-            left, right = k[:, : self.d], k[:, self.d :]
-            for part, tile in self.linear.tiles():
-                for grad, columns in ((self.grad_weight, left), (self.grad_extra, right)):
-                    if grad is not None:
-                        grad[part].addmm_(tile, columns[: self.d])
-                        if extra is not None:
-                            grad[part].addmm_(extra[part], columns[self.d :])
+            k = term.k_weight * weight  # [d + e, d + e]
+            # In the type of k, whose small singular values would be lost in the rounding of large ones.
+            step = spectral.rows_at_a_time(self.linear.weight)
+            for start in range(0, self.vocab, step):
+                part = slice(start, start + step)
+                wide = self.linear.weight[part].to(k.dtype)
+                if self.linear.extra is not None:
+                    wide = torch.cat([wide, self.linear.extra[part].to(k.dtype)], 1)
+                if self.grad_weight is not None:
+                    self.grad_weight[part] += wide @ k[:, : self.d]
+                if self.grad_extra is not None:
+                    self.grad_extra[part] += wide @ k[:, self.d :]
         return term.value
 
     def token_terms(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +194,8 @@ class _Run:
             stop = min(start + chunk, self.n)
             h = self.pick(self.hidden, start, stop).to(self.dtype)  # [c, d]
             y = self.pick(self.labels, start, stop)
-            self.linear.forward(h, self.linear.columns(h), z[: stop - start])
+            half_inputs = self.hidden.dtype == torch.bfloat16
+            self.linear.forward(h, self.linear.columns(h), z[: stop - start], bfloat16=half_inputs)
             if self.kl:
                 self._difference(h, start, stop, half if delta is None else delta)
             for first in range(0, stop - start, block):
@@ -216,7 +218,8 @@ class _Run:
         out = out[: stop - start]
         t = self.pick(self.teacher_hidden, start, stop).to(self.dtype)
         if self.teacher_linear is not None:
-            return self.teacher_linear.forward(t, self.teacher_linear.columns(t), out)
+            half_inputs = self.teacher_hidden.dtype == torch.bfloat16
+            return self.teacher_linear.forward(t, self.teacher_linear.columns(t), out, bfloat16=half_inputs)
         # Z_P − Z = (H_P − H) Wᵀ: subtracted before the product, so that its error is relative to the difference.
         t = t - h  # not in place: it may be the caller's
         if self.head.softcap is None:
@@ -224,10 +227,7 @@ class _Run:
         if self.narrow_delta:
             torch.mm((t * self.linear.scale).bfloat16(), self.linear.weight.T, out=out)
             return None
-        x = self.linear.columns(t)
-        if x is not None and self.linear.has_bias:
-            x[:, -1] = 0
-        return self.linear.forward(t, x, out)
+        return self.linear.forward(t, self.linear.columns(t, with_bias=False), out)
 
     def _block(self, z: Tensor, delta: Tensor | None, y: Tensor, work: Tensor, slope: Tensor | None) -> rows.RowTerms:
         config, cap = self.config, self.head.softcap
@@ -265,14 +265,12 @@ class _Run:
         if self.grad_hidden is None and self.grad_a is None:
             return
         if g.dtype == self.dtype:
-            dx = self.linear.backward(g)  # [c, d + e]
+            dx = self.linear.backward(g)  # [c, d + r]
         else:
-            dx = (g @ self.linear.weight).to(self.dtype)
-            if self.linear.extra is not None:
-                dx = torch.cat([dx, (g @ self.linear.extra.to(g.dtype)).to(self.dtype)], 1)
-            dx *= self.linear.scale
+            dx = self.linear.with_adapter(g, (g @ self.linear.weight).to(self.dtype))
         if self.k is not None:
-            dx.addmm_(self.x(h), self.k, alpha=self.linear.scale)
+            x = self.x(h).to(self.k.dtype)
+            dx += (x @ self.k[:, : dx.shape[1]] * self.linear.scale).to(self.dtype)
         self._to_hidden(dx, h, start, stop)
 
     def _head_gradients(self, g: Tensor, h: Tensor, at: slice) -> None:
@@ -283,10 +281,10 @@ class _Run:
             self.grad_extra[at].addmm_(g.T, x, alpha=self.linear.scale)
 
     def _to_hidden(self, dx: Tensor, h: Tensor, start: int, stop: int) -> None:
-        """The gradient by X = [H | s·H Aᵀ | 1], [c, d + e], to that by H and A."""
+        """The gradient by [H | s·H Aᵀ], [c, d + r], to that by H and A."""
         dh = dx[:, : self.d]
         if self.linear.a is not None:
-            du = self.linear.scaling * dx[:, self.d : self.d + len(self.linear.a)]  # [c, r]
+            du = self.linear.scaling * dx[:, self.d :]  # [c, r]
             dh = dh.addmm(du, self.linear.a)
             if self.grad_a is not None:
                 self.grad_a.addmm_(du.T, h)
@@ -310,13 +308,14 @@ class _Run:
         t = None
         if config.consistency == "normalized_mse" and self.teacher_hidden is not None:
             t = self.pick(self.teacher_hidden, 0, self.n).to(self.dtype)
+        count = min(self.n, self.vocab)
         solver = batch.Batch(
             (self.n, self.vocab),
             h,
             lambda_consistency=config.lambda_consistency if t is not None else 0.0,
             lambda_covariance=config.lambda_diversity if config.diversity == "covariance" else 0.0,
             lambda_svd=config.lambda_svd if self.whole_svd else 0.0,
-            rank=rank_of(config.svd_rank, min(self.n, self.vocab)),
+            rank=rank_of(config.svd_rank, count),
             norm=config.svd_norm,
             variance=config.svd_variance,
         )
@@ -324,32 +323,26 @@ class _Run:
         teacher_linear = self.teacher_linear or self.linear
         u = None if t is None else teacher_linear.columns(t)
 
-        def tile(at: slice) -> tuple[Tensor, Tensor | None]:
-            z = h.new_empty(self.n, at.stop - at.start)
-            self.linear.forward(h, x, z, at)
-            if self.head.softcap is not None:
-                z.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
-            z_teacher = None
-            if t is not None:
-                z_teacher = torch.empty_like(z)
-                teacher_linear.forward(t, u, z_teacher, at)
-                if teacher_head.softcap is not None:
-                    z_teacher.div_(teacher_head.softcap).tanh_().mul_(teacher_head.softcap)
-            return z, z_teacher
+        def tile(rows: slice, columns: slice) -> tuple[Tensor, Tensor | None]:
+            z = _capped(self.linear, self.head.softcap, h[rows], None if x is None else x[rows], columns)
+            if t is None:
+                return z, None
+            return z, _capped(teacher_linear, teacher_head.softcap, t[rows], None if u is None else u[rows], columns)
 
         for at in solver.tiles():
-            solver.collect(*tile(at))
+            solver.collect(*tile(*at))
         terms = solver.solve(need_grad=self.need_grad)
         if self.need_grad:
-            dx = torch.zeros(self.n, self.d + (0 if x is None else x.shape[1]), dtype=self.dtype, device=h.device)
-            for at in solver.tiles():
-                z, z_teacher = tile(at)
+            r = 0 if self.linear.a is None else len(self.linear.a)
+            dx = torch.zeros(self.n, self.d + r, dtype=self.dtype, device=h.device)
+            for row, column in solver.tiles():
+                z, z_teacher = tile(row, column)
                 g = solver.gradient(z, z_teacher).mul_(self.n)
                 if self.head.softcap is not None:
                     g.addcmul_(g * z, z, value=-1 / self.head.softcap**2)
                 if self.trained_head:
-                    self._head_gradients(g, h, at)
-                dx += self.linear.backward(g, at)
+                    self._head_gradients(g, h[row], column)
+                dx[row] += self.linear.backward(g, column)
             self._to_hidden(dx, h, 0, self.n)
         return terms
 
@@ -367,20 +360,11 @@ class _Run:
         )
 
 
-@contextmanager
-def _bfloat16_products(allowed: bool) -> Iterator[None]:
-    """Let float32 products on the CPU run on bfloat16 hardware, for as long as this takes. It costs nothing where the
-    numbers are bfloat16 anyway: the products are summed in float32."""
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if not allowed or settings is None or not hasattr(settings, "fp32_precision"):
-        yield
-        return
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+def _capped(linear: Linear, cap: float | None, h: Tensor, x: Tensor | None, at: slice) -> Tensor:
+    """The logits of some rows at some entries of the vocabulary. h [c, d], x [c, e] -> [c, v]."""
+    z = h.new_empty(len(h), len(linear.weight[at]))
+    linear.forward(h, x, z, at)
+    return z if cap is None else z.div_(cap).tanh_().mul_(cap)
 
 
 def consistency(

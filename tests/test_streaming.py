@@ -178,16 +178,59 @@ def test_the_precision_of_other_products_is_left_as_it_was(monkeypatch):
     settings = getattr(torch.backends.mkldnn, "matmul", None)
     if not hasattr(settings, "fp32_precision"):
         pytest.skip("this torch has no precision of products on the CPU to set")
-    seen = []
-    monkeypatch.setattr(streaming.rows, "block", lambda *a, **k: seen.append(settings.fp32_precision) or 1 / 0)
-    inputs = problem(5, 8, 20, dtype=torch.bfloat16)
-    before = settings.fp32_precision
-    with pytest.raises(ZeroDivisionError):
-        run(*inputs, ALL_TERMS, "streaming")
-    assert settings.fp32_precision == before
-    with pytest.raises(ZeroDivisionError):
-        run(*(x.float() if x.is_floating_point() else x for x in inputs), ALL_TERMS, "streaming")
-    assert seen == ["bf16", before]
+    seen, tiles = [], Linear.tiles
+
+    def spy(self, at=slice(None)):  # noqa: B008
+        seen.append(settings.fp32_precision)
+        return tiles(self, at)
+
+    monkeypatch.setattr(Linear, "tiles", spy)
+    for before in ("ieee", "tf32", "ieee"):
+        torch.backends.fp32_precision = before
+        settings.fp32_precision = "none"  # follows
+        inherited = settings.fp32_precision
+        try:
+            inputs = problem(5, 8, 20, dtype=torch.bfloat16)
+            run(*inputs, ALL_TERMS, "streaming")
+            assert "bf16" in seen
+            assert settings.fp32_precision == inherited
+            seen.clear()
+            run(*(x.float() if x.is_floating_point() else x for x in inputs), ALL_TERMS, "streaming")
+            assert set(seen) == {inherited}
+            monkeypatch.setattr(torch, "mm", lambda *a, **k: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run(*inputs, ALL_TERMS, "streaming")
+            monkeypatch.undo()
+            monkeypatch.setattr(Linear, "tiles", spy)
+            torch.backends.fp32_precision = "ieee"
+            settings_now = settings.fp32_precision
+            settings.fp32_precision = "none"
+            assert settings_now == settings.fp32_precision  # it still follows
+        finally:
+            torch.backends.fp32_precision = "none"
+            settings.fp32_precision = "none"
+
+
+def test_adapters_in_float32_are_not_rounded(monkeypatch):
+    """A product that could run in bfloat16 is one of bfloat16 numbers: the hidden states and the weight, no other."""
+    rounded = []
+    product = torch.mm
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(settings, "fp32_precision"):
+        pytest.skip("this torch has no precision of products on the CPU to set")
+
+    def spy(a, b, **kwargs):
+        if settings.fp32_precision == "bf16":
+            rounded.extend(x for x in (a, b))
+        return product(a, b, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    hidden, teacher, weight, labels = problem(6, 8, 20, dtype=torch.bfloat16)
+    a, b = torch.randn(2, 8), torch.randn(20, 2)
+    head = LinearHead(weight, bias=torch.randn(20), lora=(a, b, 0.5))
+    F.linear_objective(hidden.requires_grad_(), teacher, head, labels, ALL_TERMS, impl="streaming").loss.backward()
+    assert rounded
+    assert all(torch.equal(x, x.bfloat16().float()) for x in rounded)
 
 
 def test_two_one_hot_rows_far_apart():
