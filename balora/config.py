@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from .checks import check_rank, check_whole
+
 _CHOICES = {
     "task": ("nlg", "nlu"),
     "consistency": ("kl", "normalized_mse"),
@@ -171,26 +173,10 @@ class BALoraConfig:
         return self.lambda_consistency * drift, self.lambda_diversity * focus, self.lambda_svd * focus
 
 
-def check_whole(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected a whole number, found {value!r} of type {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, found {value!r}")
-
-
-def check_rank(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a whole number of at least 1, or a fraction: a float above 0 and up to 1."""
-    if not isinstance(value, float):
-        return check_whole(name, value)
-    if not 0 < value <= 1:
-        raise ValueError(f"{name}: expected a whole number, or a fraction above 0 and up to 1, found {value!r}")
-
-
 def rank_of(value: float, count: int) -> int:
     """How many of ``count`` singular values a rank means: at most all of them; a fraction rounds up, 1 at least."""
     if isinstance(value, float):
-        value = max(1, math.ceil(value * count - 1e-9))  # 0.1 · 30 is 3.0000000000000004
+        value = max(1, math.ceil(value * count - 1e-9))  # 0.07 · 100 is 7.000000000000001
     return min(int(value), count)
 
 

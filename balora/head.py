@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import spectral
+from .checks import describe
 
 
 class LinearHead:
@@ -194,10 +195,3 @@ def _bfloat16_products(exact: bool) -> Iterator[None]:
         settings.fp32_precision = "none"  # what holds for all of torch; written only where that is not what held here
         if settings.fp32_precision != before:
             settings.fp32_precision = before
-
-
-def describe(value: Any) -> str:
-    """A value as an error message shows it."""
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {list(value.shape)}"
-    return f"{value!r} of type {type(value).__name__}"

@@ -64,6 +64,27 @@ def test_a_bf16_gradient_is_scaled_by_the_very_number():
     assert (third.double() / once.double()).nanmean().item() == pytest.approx(1 / 3, rel=3e-4)
 
 
+def test_a_gradient_of_many_parts_is_scaled_to_the_end(monkeypatch):
+    monkeypatch.setattr(F, "_SCALED_AT_A_TIME", 20)
+    hidden, teacher, weight, labels = problem(9, 8, 30)
+    hidden.requires_grad_()
+    out = F.linear_objective(hidden, teacher, LinearHead(weight), labels, ALL_TERMS, impl="streaming")
+    (once,) = torch.autograd.grad(out.loss, hidden, retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * out.loss, hidden)
+    torch.testing.assert_close(thrice, 3 * once)
+
+
+@pytest.mark.parametrize("impl", ["streaming", "reference"])
+def test_a_normalizer_of_any_kind_gives_one_number(impl):
+    inputs = problem(9, 8, 30, dtype=torch.float32)
+    want, _ = run(*inputs, ALL_TERMS, impl, normalizer=7)
+    for normalizer in (torch.tensor([7.0]), torch.tensor([[7]]), torch.tensor(7.0).double()):
+        out, _ = run(*inputs, ALL_TERMS, impl, normalizer=normalizer)
+        assert out.loss.shape == out.ce.shape == ()
+        assert out.loss.dtype == torch.float32
+        assert torch.equal(out.loss, want.loss)
+
+
 def test_a_float16_gradient_survives_a_loss_scale():
     hidden, teacher, weight, labels = problem(16, 8, 30, dtype=torch.float16)
     hidden.requires_grad_()

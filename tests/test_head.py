@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from balora import BALoraConfig, LinearHead, batch, reference, spectral, streaming
+from balora import BALoraConfig, LinearHead, batch, reference, rows, spectral, streaming
 from balora import functional as F
 from balora.head import Linear
 
@@ -128,6 +128,42 @@ def test_a_teacher_with_another_head(kind, softcap, dtype):
     check(everything, VARIANTS["nlu_2024"], dtype, teacher_head=own)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "d", "classes"), [(16, 768, 3), (16, 64, 2), (40, 20, 5)])
+@pytest.mark.parametrize("variant", ["nlu_2025", "nlu_2024"])
+def test_a_trained_classifier(variant, n, d, classes, dtype):
+    """Fewer classes than hidden units: the Gram matrix of the weight is singular."""
+    hidden, teacher, weight, labels = problem(n, d, classes, dtype=dtype)
+    bias = torch.randn(classes, generator=torch.Generator().manual_seed(4)).to(dtype)
+    check((dict(hidden=hidden, weight=weight, bias=bias), {}, teacher, labels), VARIANTS[variant], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("other", [{}, {"softcap": 30.0}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "config", [only("svd", svd_rank=20, svd_variance=0.02), only("svd", svd_norm="nuclear")], ids=str
+)
+def test_more_singular_values_than_hidden_units(config, other, dtype):
+    hidden, teacher, weight, labels = problem(40, 4, 61, dtype=dtype, scale=2.0)
+    inputs = dict(hidden=hidden, weight=weight)
+    found, grads = evaluate(inputs, other, teacher, labels, config, "streaming")
+    exact, exact_grads = evaluate(inputs, other, teacher, labels, config, "reference", wide=True)
+    assert found.svd.item() == pytest.approx(exact.svd.item(), rel=1e-5)
+    if not other:  # with a cap all 40 σ are there, the least of them below what half precision tells apart
+        assert (grads["hidden"].double() - exact_grads["hidden"]).norm() < 1e-2 * exact_grads["hidden"].norm()
+
+
+def test_a_vocabulary_masked_by_the_bias():
+    for kind in ("bias", "everything"):
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs, other, teacher, labels = tensors(kind, dtype)
+            other.pop("softcap", None)  # which would make a finite number of it
+            masked = [c for c in (5, 17, 40) if c not in labels.tolist()]
+            inputs["bias"][masked] = -torch.inf
+            config = replace(ALL_TERMS, lambda_svd=0.0)
+            check((inputs, other, teacher, labels), config, dtype, trained=("hidden", "weight"))
+
+
 def test_an_adapter_that_starts_at_zero_has_the_teachers_bits():
     inputs, other, _, labels = tensors("lora", torch.float32)
     inputs["lora_b"].zero_()
@@ -155,6 +191,8 @@ def test_chunks_tiles_and_blocks_do_not_change_the_result(monkeypatch, kind):
         for name, grad in grads.items():
             difference = (part_grads[name].double() - grad.double()).abs().max()
             assert difference <= 2**-7 * grad.double().abs().max(), name
+        check(everything, config, torch.bfloat16)
+        monkeypatch.undo()
 
 
 def test_a_softcap_keeps_a_small_difference_accurate():
@@ -167,6 +205,47 @@ def test_a_softcap_keeps_a_small_difference_accurate():
     assert exact.consistency.item() < 1e-7
     assert found.consistency.item() == pytest.approx(exact.consistency.item(), rel=1e-3)
     assert plain.consistency.item() != pytest.approx(exact.consistency.item(), rel=0.1)
+
+
+def test_the_identity_of_tanh_differences():
+    g = torch.Generator().manual_seed(0)
+    a = 20 * torch.randn(4, 50, generator=g)
+    for size, tolerance in ((1e-5, 1e-6), (1e-2, 1e-6), (1.0, 1e-5), (300.0, 1e-5)):
+        delta = size * torch.randn(4, 50, generator=g)
+        exact = 30 * (torch.tanh((a.double() + delta.double()) / 30) - torch.tanh(a.double() / 30))
+        z, d, slope = a.clone(), delta.clone(), torch.empty(4, 50)
+        rows.softcap(z, d, 30.0, slope, torch.empty(rows.BUFFERS, 4, 50))
+        assert (d - exact).norm() < tolerance * exact.norm()
+        torch.testing.assert_close(z, 30 * torch.tanh(a / 30))
+        torch.testing.assert_close(slope, 1 - torch.tanh(a / 30) ** 2, rtol=1e-4, atol=1e-7)
+
+
+def test_normalized_squares_of_zero_logits():
+    inputs, other, teacher, labels = tensors("plain", torch.float64)
+    inputs["hidden"] = 0 * inputs["hidden"]
+    check((inputs, other, teacher, labels), only("consistency", consistency="normalized_mse"), torch.float64)
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 300.0])
+def test_the_entropy_of_the_whole_vocabulary(size):
+    full = only("diversity", diversity="full")
+    hidden, teacher, weight, labels = problem(9, 8, 300, scale=size)
+    beside_kl = replace(full, lambda_consistency=0.5, temperature=2.0)
+    check((dict(hidden=hidden, weight=weight), {}, teacher, labels), beside_kl, torch.float64)
+    narrow = dict(hidden=hidden.float(), weight=weight.float()), {}, teacher.float(), labels
+    found, grads = evaluate(*narrow, full, "streaming")
+    plain, plain_grads = evaluate(*narrow, full, "reference")
+    exact, exact_grads = evaluate(*narrow, full, "reference", wide=True)
+    assert_within_budget(found.diversity, plain.diversity, exact.diversity, torch.float32)
+    assert_within_budget(grads["hidden"], plain_grads["hidden"], exact_grads["hidden"], torch.float32)
+
+
+def test_the_gram_matrix_in_inference_mode():
+    with torch.inference_mode():
+        head = LinearHead(torch.randn(20, 4))
+        before = head.gram.gram
+        head.weight.mul_(2)
+        torch.testing.assert_close(head.gram.gram, 4 * before)
 
 
 def test_a_softcap_far_beyond_its_cap():

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balora import batch, streaming
+from balora import batch, reference, rows, streaming
 from balora import functional as F
 
 from .conftest import assert_within_budget
@@ -199,6 +199,65 @@ def test_awkward_logits(impl):
     assert single.item() == 0
 
 
+@pytest.mark.parametrize("offset", [2.5e3, 1e4, -1e4])
+def test_logits_that_lie_far_apart_as_a_whole(offset):
+    z, teacher = logits(4, 50, torch.float64)
+    value, grad = evaluate(F.consistency_loss, z + offset, teacher - offset, impl="streaming")
+    exact, exact_grad = evaluate(F.consistency_loss, z, teacher, impl="reference")
+    assert value.item() == pytest.approx(exact.item(), rel=1e-8)
+    torch.testing.assert_close(grad, exact_grad, rtol=1e-6, atol=1e-10)
+
+
+def test_masked_entries_in_the_entropy_of_a_row():
+    z = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    z[:, 4:17] = -torch.inf
+    z[1, 0] = 5e4
+    exact = z.double().requires_grad_()
+    value = reference.entropy(exact)
+    value.backward()
+    settings = dict(lambda_consistency=0.0, lambda_diversity=1.0, temperature=2.0, top_k=None, need_grad=True)
+    labels = torch.zeros(3, dtype=torch.int64)
+    terms = rows.block(z, None, labels, work=torch.empty(rows.BUFFERS, 3, 20), **settings)
+    z += torch.nn.functional.one_hot(labels, 20) - exact.detach().softmax(-1)  # without the part of CE
+    assert terms.negative_entropy.sum().item() == pytest.approx(value.item(), rel=1e-6)
+    torch.testing.assert_close(z, exact.grad.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_covariance_over_tiles_of_rows(monkeypatch):
+    """A mean far above the spread, which a sum of squares would swallow."""
+    z = logits(90, 7)[0] + 1e6
+    exact, exact_grad = evaluate(lambda x, _: reference.covariance(x), z, None)
+    monkeypatch.setattr(batch, "_TILE_BYTES", 10 * 7 * 8)
+    found, grad = evaluate(lambda x, _: F.covariance_loss(x), z, None)
+    assert found.item() == pytest.approx(exact.item(), rel=1e-8)
+    torch.testing.assert_close(grad, exact_grad, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (1, 5), (5, 3), (3, 5)])
+def test_a_nan_in_a_covariance(shape):
+    z = torch.randn(shape)
+    z[0, 0] = torch.nan
+    assert F.covariance_loss(z).isnan()
+
+
+def test_covariance_takes_the_implementation_that_the_environment_names(monkeypatch):
+    monkeypatch.setenv("BALORA_IMPL", "reference")
+    monkeypatch.setattr(reference, "covariance", lambda z: z.sum() * 0 + 42)
+    assert F.covariance_loss(torch.randn(4, 3)).item() == 42
+
+
+@pytest.mark.parametrize("normalizer", [torch.tensor([8.0]), torch.tensor([[8]]), torch.tensor(8.0).double(), 8])
+@pytest.mark.parametrize("impl", ["streaming", "reference"])
+def test_a_normalizer_of_any_kind_gives_one_number(normalizer, impl):
+    z, teacher = logits(4, 9, torch.float32)
+    for loss in (
+        F.consistency_loss(z, teacher, normalizer=normalizer, impl=impl),
+        F.diversity_loss(z, normalizer=normalizer, impl=impl),
+    ):
+        assert loss.shape == ()
+        assert loss.dtype == torch.float32
+
+
 def test_a_large_vocabulary():
     z, teacher = logits(3, 2**16 + 5, torch.float32)
     for name in ("consistency", "diversity", "svd"):
@@ -252,10 +311,11 @@ def test_the_teacher_gets_no_gradient_and_the_inputs_stay():
 @pytest.mark.parametrize("name", LOSSES)
 def test_autocast_does_not_round(name):
     z, teacher = logits(9, 40, torch.float32)
-    outside, _ = evaluate(LOSSES[name], z, teacher)
+    outside, grad = evaluate(LOSSES[name], z, teacher)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = LOSSES[name](z, teacher)
-    assert torch.equal(inside, outside.detach())
+        inside, grad_inside = evaluate(LOSSES[name], z, teacher)  # the backward too
+    assert torch.equal(inside, outside)
+    assert torch.equal(grad_inside, grad)
 
 
 Z = torch.zeros(4, 6)

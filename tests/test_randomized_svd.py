@@ -71,6 +71,23 @@ def test_narrow_types(dtype):
     assert_orthonormal(u, vh)
 
 
+def test_entries_at_the_ends_of_float32():
+    a = matrix(120, 80, decay(80, 2.0), torch.float32)
+    _, s, _ = F.randomized_svd(a, 5)
+    for size in (1e37, 1e-35):
+        u, scaled, vh = F.randomized_svd(a / a.abs().max() * size, 5)
+        torch.testing.assert_close(scaled / size, s / a.abs().max(), rtol=1e-4, atol=0)
+        assert_orthonormal(u, vh)
+
+
+def test_the_gradient_inside_autocast():
+    a = matrix(20, 12, decay(12, 1.0), torch.float32).requires_grad_()
+    (outside,) = torch.autograd.grad(F.randomized_svd(a, 3)[1].sum(), a)
+    with torch.autocast("cpu", torch.bfloat16):
+        (inside,) = torch.autograd.grad(F.randomized_svd(a, 3)[1].sum(), a)
+    assert torch.equal(inside, outside)
+
+
 def test_the_subspace_of_a_decaying_spectrum():
     a = matrix(200, 150, decay(150, 1.0))
     u, _, vh = F.randomized_svd(a, 10, n_iter=6)
@@ -150,6 +167,9 @@ def test_orthonormal_columns_of_dependent_ones():
     y[1] = 0
     q = spectral.orthonormal(y, torch.Generator().manual_seed(1))
     assert (q.mT @ q - torch.eye(30)).abs().max() < 1e-5
+    tall = torch.ones(1, 60000, 40)
+    q = spectral.orthonormal(tall, torch.Generator().manual_seed(1))
+    assert (q.mT @ q - torch.eye(40)).abs().max() < 1e-5
     assert spectral.orthonormal(y[:0], torch.Generator()).shape == (0, 400, 30)
 
 

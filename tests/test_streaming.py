@@ -180,7 +180,7 @@ def test_the_precision_of_other_products_is_left_as_it_was(monkeypatch):
         pytest.skip("this torch has no precision of products on the CPU to set")
     seen, tiles = [], Linear.tiles
 
-    def spy(self, at=slice(None)):  # noqa: B008
+    def spy(self, at=slice(None)):
         seen.append(settings.fp32_precision)
         return tiles(self, at)
 

@@ -1,0 +1,51 @@
+"""Checks of arguments: the message names the argument, what was expected and what was found."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+
+def describe(value: Any) -> str:
+    """A value as an error message shows it."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, found {value!r} of type {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, found {value!r}")
+
+
+def check_rank(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a whole number of at least 1, or a fraction: a float above 0 and up to 1."""
+    if not isinstance(value, float):
+        return check_whole(name, value)
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}: expected a whole number, or a fraction above 0 and up to 1, found {value!r}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, found {describe(value)}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number above 0, found {value!r}")
+
+
+def check_normalizer(normalizer: Any) -> None:
+    """Raise unless ``normalizer`` is None, a finite number above 0, or a tensor of one number (of any value)."""
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer: expected one number, found {describe(normalizer)}")
+    elif normalizer is not None:
+        if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+            raise TypeError(f"normalizer: expected a number or a tensor of one, found {describe(normalizer)}")
+        if not (math.isfinite(normalizer) and normalizer > 0):
+            raise ValueError(f"normalizer: expected a finite number above 0, found {normalizer!r}")

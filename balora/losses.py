@@ -1,0 +1,257 @@
+"""Losses on logits that are there already: forward and backward in blocks, no softmax stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import batch, dispatch, reference, streaming
+from .checks import check_normalizer, check_positive, check_rank, check_whole, describe
+from .config import rank_of
+
+
+def consistency_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 2.0,
+    valid: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """T² · mean_n KL( softmax(Z_P,n / T) ‖ softmax(Z_n / T) ), teacher first (2025 paper, eq. 4 and 9).
+
+    No softmax is stored: forward and backward each read the logits once, in blocks of rows, in float32. The gradient,
+    T (softmax(Z/T) − softmax(Z_P/T)) / n, goes to the student alone, in its type.
+
+    Args:
+        student_logits: Z [N, V] or [B, S, V], floating point, of any strides.
+        teacher_logits: Z_P, of the same shape and device.
+        temperature: T, above 0. 1 is the 2024 paper's (eq. 10).
+        valid: a boolean mask of the leading shape; rows that are False are left out. None: all rows.
+        normalizer: what the sum over rows is divided by, instead of their number.
+        impl: "auto", "streaming" or "reference".
+
+    Returns:
+        [] in float32 (float64 for float64 logits). Without a valid row a 0 that is still connected.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+    """
+    impl = dispatch.choose("consistency_loss", impl)
+    student, kept, norm = _logit_rows("student_logits", student_logits, valid, normalizer)
+    _check_same_logits("teacher_logits", teacher_logits, "student_logits", student_logits)
+    check_positive("temperature", temperature)
+    teacher = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
+    with torch.autocast(student.device.type, enabled=False):
+        if impl == "reference":
+            return reference.consistency(_wide(student, kept), _wide(teacher, kept), temperature) / norm
+        return _Consistency.apply(student, teacher, temperature, kept, norm)
+
+
+class _Consistency(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, z_teacher, temperature, kept, norm):
+        ctx.save_for_backward(z, z_teacher, kept, norm)
+        ctx.temperature = temperature
+        total = streaming.consistency(z, z_teacher, temperature, kept)
+        return (total / norm).to(torch.promote_types(z.dtype, torch.float32))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        z, z_teacher, kept, norm = ctx.saved_tensors
+        out = torch.zeros_like(z) if kept is not None else torch.empty_like(z)
+        scale = (grad_loss / norm).to(torch.promote_types(z.dtype, torch.float32))
+        streaming.consistency(z, z_teacher, ctx.temperature, kept, out, scale)
+        return out, *[None] * 4
+
+
+def diversity_loss(
+    logits: Tensor,
+    top_k: int = 20,
+    valid: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """− mean_n H( softmax of Z_n restricted to its own K largest entries ), in nats (2025 paper, eq. 10).
+
+    No temperature, not divided by log K; ties across the K-th place go to the lower index. Only K entries of a row
+    have a gradient, q_j (log q_j + H) / n: they are kept from the forward, nothing of size [N, V] but the gradient is
+    written.
+
+    Args:
+        logits: Z [N, V] or [B, S, V], floating point, of any strides.
+        top_k: K, at least 1; above V it means V.
+        valid, normalizer, impl: as in ``consistency_loss``.
+
+    Returns:
+        [] in float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+    """
+    impl = dispatch.choose("diversity_loss", impl)
+    z, kept, norm = _logit_rows("logits", logits, valid, normalizer)
+    check_whole("top_k", top_k)
+    with torch.autocast(z.device.type, enabled=False):
+        if impl == "reference":
+            return reference.diversity(_wide(z, kept), top_k) / norm
+        return _Diversity.apply(z, top_k, kept, norm)
+
+
+class _Diversity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, top_k, kept, norm):
+        total, gradient, where = streaming.diversity(z, top_k, kept)
+        ctx.save_for_backward(gradient, where, kept, norm)
+        ctx.like = z.shape, z.dtype
+        return (total / norm).to(gradient.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        gradient, where, kept, norm = ctx.saved_tensors
+        shape, dtype = ctx.like
+        out = torch.zeros(shape, dtype=dtype, device=gradient.device)
+        scaled = (gradient * (grad_loss / norm).to(gradient.dtype)).to(dtype)
+        at = torch.arange(len(where), device=out.device) if kept is None else kept
+        out[at[:, None], where] = scaled
+        return out, None, None, None
+
+
+def svd_loss(
+    logits: Tensor, rank: float = 10, norm: str = "fro", valid: Tensor | None = None, impl: str = "auto"
+) -> Tensor:
+    """− Σ_{i≤k} σ_i(Z) / ‖Z‖, not centred; the rows are those of the batch (2025 paper, eq. 7 and 11).
+
+    From the smaller Gram matrix of Z, collected over tiles: exact up to its rounding where min(N, V) ≤ 512 or the norm
+    is nuclear, else by block Krylov iteration (largest relative error of a σ on a flat random spectrum 1.6e-5). The
+    gradient is −Σ_{i≤k} u_i v_iᵀ / ‖Z‖ plus a multiple of Z; singular vectors of the size of V are not stored.
+
+    Args:
+        logits: Z [N, V] or [B, S, V], floating point, of any strides.
+        rank: k, a whole number of at least 1, or (a float) a fraction of all min(N, V) singular values. Above their
+            number it means all.
+        norm: "fro" (Frobenius) or "nuclear" (the sum of all singular values).
+        valid: as in ``consistency_loss``.
+        impl: "auto", "streaming" or "reference".
+
+    Returns:
+        [] in float32 (float64 for float64 logits). Of a zero matrix, or without a valid row, a connected 0.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+    """
+    impl = dispatch.choose("svd_loss", impl)
+    z, kept, _ = _logit_rows("logits", logits, valid, None)
+    check_rank("rank", rank)
+    if norm not in ("fro", "nuclear"):
+        raise ValueError(f"norm: expected 'fro' or 'nuclear', found {norm!r}")
+    n = len(z) if kept is None else len(kept)
+    k = rank_of(rank, min(n, z.shape[1]))
+    with torch.autocast(z.device.type, enabled=False):
+        if impl == "reference":
+            wide = _wide(z, kept)
+            return reference.svd(wide, k, norm) if n else (0.0 * wide).sum()
+        return _Batch.apply(z, kept, {"lambda_svd": 1.0, "rank": k, "norm": norm})
+
+
+def covariance_loss(logits: Tensor) -> Tensor:
+    """(1/C) Σ_{i≠j} Cov(Z)²_ij, Cov = (Z − Z̄)ᵀ(Z − Z̄)/(M − 1) (2024 paper, eq. 6 and 7; 2025, eq. 5 and 6).
+
+    From the smaller of the [C, C] and [M, M] matrices. The implementation is what BALORA_IMPL names, or "streaming".
+
+    Args:
+        logits: Z [M, C], the class logits of a batch, floating point.
+
+    Returns:
+        [] in float32 (float64 for float64 logits). Of fewer than two rows a 0 that is still connected.
+
+    Raises:
+        ValueError, TypeError: the logits do not fit.
+    """
+    impl = dispatch.choose("covariance_loss")
+    z, _, _ = _logit_rows("logits", logits, None, None)
+    with torch.autocast(z.device.type, enabled=False):
+        if impl == "reference":
+            return reference.covariance(_wide(z, None))
+        return _Batch.apply(z, None, {"lambda_covariance": 1.0})
+
+
+class _Batch(torch.autograd.Function):
+    """A term of the whole batch, from logits."""
+
+    @staticmethod
+    def forward(ctx, z, kept, terms):
+        wide = torch.promote_types(z.dtype, torch.float32)
+        n = len(z) if kept is None else len(kept)
+        ctx.solver = None
+        if n == 0:
+            ctx.save_for_backward(z, kept)
+            return z.new_zeros((), dtype=wide)
+        solver = batch.Batch((n, z.shape[1]), z.new_empty(0, dtype=wide), **terms)
+        for row, column in solver.tiles():
+            solver.collect(z[row if kept is None else kept[row], column].to(wide))
+        found = solver.solve(need_grad=ctx.needs_input_grad[0])
+        ctx.save_for_backward(z, kept)
+        ctx.solver = solver
+        return (found.svd + found.covariance).to(wide)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        z, kept = ctx.saved_tensors
+        out = torch.zeros_like(z)
+        if ctx.solver is not None:
+            with torch.autocast(z.device.type, enabled=False):
+                for row, column in ctx.solver.tiles():
+                    row = row if kept is None else kept[row]
+                    gradient = ctx.solver.gradient(z[row, column].to(grad_loss.dtype)) * grad_loss
+                    out[row, column] = gradient.to(out.dtype)
+        return out, None, None
+
+
+def _logit_rows(name: str, logits: Any, valid: Any, normalizer: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Logits as rows [N, V], the indices of the valid ones (None for all), and what sums are divided by."""
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor [N, V], found {describe(logits)}")
+    if logits.dim() < 2 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"{name}: expected the shape [N, V] or [B, S, V] with V of at least 1, found {describe(logits)}"
+        )
+    rows = logits.reshape(-1, logits.shape[-1])
+    kept = None
+    if valid is not None:
+        if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+            raise TypeError(f"valid: expected a boolean tensor, found {describe(valid)}")
+        if valid.shape != logits.shape[:-1] and valid.shape != rows.shape[:1]:
+            raise ValueError(
+                f"valid: expected the leading shape of {name}, {list(logits.shape[:-1])}, found {describe(valid)}"
+            )
+        if valid.device != logits.device:
+            raise ValueError(f"valid: expected the device of {name}, {logits.device}, found {valid.device}")
+        kept = valid.reshape(-1).nonzero().squeeze(-1)
+        if len(kept) == len(rows):
+            kept = None
+    check_normalizer(normalizer)
+    n = len(rows) if kept is None else len(kept)
+    norm = torch.as_tensor(max(n, 1) if normalizer is None else normalizer, device=logits.device)
+    return rows, kept, norm.reshape(()).to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _wide(z: Tensor, kept: Tensor | None) -> Tensor:
+    """The kept rows in float32 (float64 for float64)."""
+    return (z if kept is None else z[kept]).to(torch.promote_types(z.dtype, torch.float32))
+
+
+def _check_same_logits(name: str, value: Any, other: str, logits: Tensor) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, found {describe(value)}")
+    if value.shape != logits.shape:
+        raise ValueError(f"{name}: expected the shape of {other}, {list(logits.shape)}, found {describe(value)}")
+    if value.device != logits.device:
+        raise ValueError(f"{name}: expected the device of {other}, {logits.device}, found {value.device}")
+    if (value.dtype == torch.float64) != (logits.dtype == torch.float64):
+        raise TypeError(f"{name}: {other} is {logits.dtype}, found {value.dtype}; float64 does not mix")
