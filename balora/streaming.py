@@ -156,6 +156,8 @@ class _Run:
         weight = config.lambda_svd * self.n
         if term.k is not None and (self.grad_hidden is not None or self.grad_a is not None):
             self.k = term.k * weight
+            if self.hidden.dtype in (torch.bfloat16, torch.float16):  # whose own rounding is larger by far
+                self.k = self.k.to(self.dtype)
         if term.k_weight is not None:
             k = term.k_weight * weight  # [d + e, d + e]
             # In the type of k, whose small singular values would be lost in the rounding of large ones.
