@@ -122,7 +122,7 @@ def machine() -> dict[str, str]:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
     ).stdout.strip()
-    installed = {d.name: d.version for d in metadata.distributions()}
+    installed = {d.name.replace("_", "-"): d.version for d in metadata.distributions()}
     versions = {name: installed[name] for name in ("triton", "liger-kernel") if name in installed}
     return {
         "device": device,

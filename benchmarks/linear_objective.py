@@ -230,9 +230,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="writes OUT.md and OUT.csv")
     arguments = parser.parse_args()
     machine = harness.machine()
-    heading = "linear_objective, forward and backward. " + ", ".join(f"{k} {v}" for k, v in machine.items())
-    everything, text = [], [f"# {heading}"]
-    print(text[0])
+    everything = []
+    text = ["# linear_objective, forward and backward", "", ", ".join(f"{k} {v}" for k, v in machine.items())]
+    print("\n".join(text))
     for shape in arguments.shapes:
         n, d, vocab = map(int, shape.split(","))
         for dtype in arguments.dtypes:
