@@ -8,7 +8,7 @@ product with 1/σ_i rounded to float32 would lose what it cancels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -27,10 +27,13 @@ class BatchTerms(NamedTuple):
     svd: Tensor  # −(Σ_{i≤k} σ_i/‖Z‖ + α·Var)
 
 
+Tile = Callable[[slice, slice], tuple[Tensor, Tensor | None]]
+
+
 class Batch:
     """The terms of Z [N, V], and the gradient of λ₁·consistency + λ₂·covariance + λ₃·svd. A λ of 0 leaves a term out.
 
-    ``collect`` every tile, ``solve`` once, then ask for the ``gradient`` of every tile.
+    ``solve`` once, then ask for the ``gradient`` of every tile.
     """
 
     def __init__(
@@ -47,12 +50,12 @@ class Batch:
     ) -> None:
         self.n, self.vocab = shape
         self.by_columns = self.vocab > self.n  # tiles of columns, M = Z Zᵀ; else tiles of rows, M = Zᵀ Z
-        self.dtype, self.itemsize = spectral.accumulation_dtype(like), like.itemsize
+        self.like, self.dtype, self.itemsize = like, spectral.accumulation_dtype(like), like.itemsize
         self.lambdas = lambda_consistency, lambda_covariance, lambda_svd
         self.rank, self.norm, self.variance = rank, norm, variance
         new = like.new_zeros
         side = min(shape)
-        self.gram = new(side, side, dtype=self.dtype) if lambda_svd else None
+        self.gram: Tensor | None = None
         self.centred = new(side, side, dtype=self.dtype) if lambda_covariance else None  # of Z − Z̄
         self.squares = new((), dtype=self.dtype)  # Σ_j (Σ_m (Z − Z̄)²_mj)²
         self.shift: Tensor | None = None  # [V], near the mean of the columns; of tiles of rows
@@ -67,7 +70,7 @@ class Batch:
             part = slice(start, min(start + step, long))
             yield (slice(0, self.n), part) if self.by_columns else (part, slice(0, self.vocab))
 
-    def collect(self, z: Tensor, z_teacher: Tensor | None = None) -> None:
+    def _collect(self, z: Tensor, z_teacher: Tensor | None = None) -> None:
         """A tile of the first pass. z, z_teacher [n, v]."""
         wide = z.to(self.dtype)
         if self.gram is not None:
@@ -86,8 +89,19 @@ class Batch:
             teacher = z_teacher.to(self.dtype)
             self.products += torch.stack([(wide * wide).sum(), (teacher * teacher).sum(), (teacher * wide).sum()])
 
-    def solve(self, need_grad: bool) -> BatchTerms:
-        """The values; what ``gradient`` needs is kept."""
+    def solve(self, tile: Tile, cheap: bool = False) -> BatchTerms:
+        """The values; what ``gradient`` needs is kept.
+
+        tile(rows, columns) gives the logits there, and the teacher's or None. ``cheap`` says that this costs no more
+        than a copy: then a large SVD takes many passes over them instead of the product Z Zᵀ.
+        """
+        side = min(self.n, self.vocab)
+        passes = cheap and self.norm == "fro" and spectral.iterates(side, self.rank)
+        if self.lambdas[2] and not passes:
+            self.gram = self.squares.new_zeros(side, side)
+        if self.gram is not None or self.lambdas[0] or self.lambdas[1]:
+            for at in self.tiles():
+                self._collect(*tile(*at))
         consistency = covariance = svd = torch.zeros_like(self.squares)
         if self.lambdas[0]:
             norms = self.products[:2].sqrt()
@@ -107,16 +121,17 @@ class Batch:
                 total = self.centred.square().sum()
             covariance = total * self.per_pair
         if self.gram is not None:
-            term = spectral.svd_term(
-                self.gram,
-                None,
-                self.rank,
-                min(self.n, self.vocab),
-                norm=self.norm,
-                variance=self.variance,
-                need_grad=need_grad,
-            )
-            svd, self.k = term.value, term.k
+            self.svd = spectral.svd_term(self.gram, None, self.rank, side, norm=self.norm, variance=self.variance)
+            svd = self.svd.value
+        elif self.lambdas[2]:
+
+            def sides() -> Iterator[Tensor]:
+                for at in self.tiles():
+                    z = tile(*at)[0]
+                    yield z if self.by_columns else z.T
+
+            self.svd = spectral.svd_term_of_tiles(sides, side, self.like, self.rank, self.variance)
+            svd = self.svd.value
         return BatchTerms(consistency, covariance, svd)
 
     def gradient(self, z: Tensor, z_teacher: Tensor | None = None) -> Tensor:
@@ -124,8 +139,13 @@ class Batch:
         lambda_consistency, lambda_covariance, lambda_svd = self.lambdas
         wide = z.to(self.dtype)
         total = torch.zeros_like(wide)
-        if lambda_svd and self.k is not None:
-            total += lambda_svd * (self.k @ wide if self.by_columns else wide @ self.k)
+        if lambda_svd:
+            u, weights = self.svd.directions, (lambda_svd * self.svd.weights)[:, None]
+            if self.by_columns:
+                total.addmm_(u, weights * (u.T @ wide))
+            else:
+                total.addmm_(wide @ u, weights * u.T)
+            total.add_(lambda_svd * self.svd.multiple * wide)
         if self.centred is not None:
             if self.by_columns:
                 centred = wide - wide.mean(0)

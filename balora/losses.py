@@ -126,9 +126,9 @@ def svd_loss(
 ) -> Tensor:
     """− Σ_{i≤k} σ_i(Z) / ‖Z‖, not centred; the rows are those of the batch (2025 paper, eq. 7 and 11).
 
-    From the smaller Gram matrix of Z, collected over tiles: exact up to its rounding where min(N, V) ≤ 512 or the norm
-    is nuclear, else by block Krylov iteration (largest relative error of a σ on a flat random spectrum 1.6e-5). The
-    gradient is −Σ_{i≤k} u_i v_iᵀ / ‖Z‖ plus a multiple of Z; singular vectors of the size of V are not stored.
+    Exact up to the rounding of the smaller Gram matrix of Z where min(N, V) ≤ 512 or the norm is nuclear. Else by block
+    Krylov iteration, twelve passes over tiles of Z: on a flat random spectrum (2048 × 4096), the worst case, 2e-4 off;
+    where the spectrum falls, to the rounding of float32. The gradient is −Σ_{i≤k} u_i v_iᵀ / ‖Z‖ plus a multiple of Z.
 
     Args:
         logits: Z [N, V] or [B, S, V], floating point, of any strides.
@@ -192,9 +192,9 @@ class _Batch(torch.autograd.Function):
             ctx.save_for_backward(z, kept)
             return z.new_zeros((), dtype=wide)
         solver = batch.Batch((n, z.shape[1]), z.new_empty(0, dtype=wide), **terms)
-        for row, column in solver.tiles():
-            solver.collect(z[row if kept is None else kept[row], column].to(wide))
-        found = solver.solve(need_grad=ctx.needs_input_grad[0])
+        found = solver.solve(
+            lambda row, column: (z[row if kept is None else kept[row], column].to(wide), None), cheap=True
+        )
         ctx.save_for_backward(z, kept)
         ctx.solver = solver
         return (found.svd + found.covariance).to(wide)

@@ -8,7 +8,7 @@ soft-cap) or are given themselves, the same equations hold with S = Z Zᵀ, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -33,11 +33,13 @@ class HeadGram(NamedTuple):
 
 
 class SVDTerm(NamedTuple):
-    """The value, and what its gradient is made of: by X it is X·K, by W it is W·K_W."""
+    """The value, and what its gradient is made of: by X it is X·K with K = Σ w_i g_i g_iᵀ + multiple·G."""
 
     value: Tensor  # []
-    k: Tensor | None  # [d, d]
-    k_weight: Tensor | None  # [d, d]
+    directions: Tensor  # [d, k]: the g_i
+    weights: Tensor  # [k]
+    multiple: Tensor  # []
+    k_weight: Tensor | None  # [d, d]: by W the gradient is W·K_W
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -107,7 +109,6 @@ def svd_term(
     norm: str = "fro",
     variance: float = 0.0,
     iterate: torch.dtype | None = None,
-    need_grad: bool = True,
     need_weight_grad: bool = False,
 ) -> SVDTerm:
     """−( Σ_{i≤k} σ_i / ‖Z‖ + α·Var(σ_1 … σ_k) ) for Z = X Wᵀ and its gradients (2025 paper, eq. 7 and 11).
@@ -127,19 +128,63 @@ def svd_term(
     g, c = (None, None) if head is None else (m.to(s.dtype) for m in head)
     wanted = min(count if norm == "nuclear" else rank, len(s))
     values, vectors = _leading_eigenpairs(s, c, wanted, iterate or s.dtype)
+    squares = s.trace() if g is None else (s * g).sum()  # ‖Z‖²_F
+    term, slope, inverse = _term(values, vectors if c is None else c @ vectors, squares, rank, norm, variance)
+    if not need_weight_grad:
+        return term
+    seen = s @ term.directions
+    k_weight = (seen * (slope * inverse**3)) @ seen.T + term.multiple * s
+    return term._replace(k_weight=k_weight)
+
+
+def svd_term_of_tiles(
+    tiles: Callable[[], Iterable[Tensor]], side: int, like: Tensor, rank: int, variance: float
+) -> SVDTerm:
+    """``svd_term`` (Frobenius norm) of Z Zᵀ without that matrix: every Krylov step is a pass over tiles of Z.
+
+    tiles() gives Z in tiles of columns [side, v]; they are multiplied in their own type, the last step, Rayleigh-Ritz,
+    in ``accumulation_dtype`` like the norm. side is above 12 (k + 10).
+    """
+    width = rank + _OVERSAMPLE
+    x = torch.randn(side, width, generator=torch.Generator().manual_seed(_SEED), dtype=torch.float64).to(like)
+    blocks = []
+    for _ in range(_STEPS):
+        y = torch.zeros_like(x)
+        for z in tiles():
+            y.addmm_(z, z.T @ x)
+        x = _qr(y)
+        blocks.append(x)
+    basis = _qr(torch.cat(blocks, dim=1).to(accumulation_dtype(like)))  # [side, 12 (k + 10)]
+    small = basis.new_zeros(basis.shape[1], basis.shape[1])
+    squares = basis.new_zeros(())
+    for z in tiles():
+        wide = z.to(basis.dtype)
+        seen = basis.T @ wide
+        small.addmm_(seen, seen.T)
+        squares += wide.square().sum()
+    values, vectors = _eigh(small)
+    vectors = basis @ vectors[:, -rank:].flip(1)
+    return _term(values[-rank:].flip(0), vectors, squares, rank, "fro", variance)[0]
+
+
+def iterates(side: int, rank: int) -> bool:
+    """Whether so large a matrix takes Krylov iteration for so few singular values."""
+    return side > _EIGH_MAX_D and _STEPS * (rank + _OVERSAMPLE) < side
+
+
+def _term(
+    values: Tensor, directions: Tensor, squares: Tensor, rank: int, norm: str, variance: float
+) -> tuple[SVDTerm, Tensor, Tensor]:
+    """The term from eigenvalues σ_i², directions g_i and ‖Z‖²_F; ∂value/∂σ_i and 1/σ_i, 0 for a σ_i of 0."""
     # Below the rounding of the Gram matrices an eigenvalue is noise, and its direction arbitrary: it counts as 0.
-    noise = values[:1] * torch.finfo(s.dtype).eps * 8
+    noise = values[:1] * torch.finfo(values.dtype).eps * 8
     sigma = torch.where(values <= noise, torch.zeros_like(values), values).sqrt()  # keeps NaN
     leading = sigma[:rank]
-    squares = s.trace() if g is None else (s * g).sum()  # ‖Z‖²_F
     whole = sigma.sum() if norm == "nuclear" else squares.clamp_min(0).sqrt()
     zero = whole == 0
     whole = whole.masked_fill(zero, 1.0)
     mean = leading.sum() / rank  # zeros beyond d count too
     value = -(leading.sum() / whole + variance * (leading.square().sum() / rank - mean**2).clamp_min(0))
-    if not need_grad:
-        return SVDTerm(value, None, None)
-
     slope = torch.zeros_like(sigma)  # ∂value/∂σ_i, at fixed ‖Z‖_F
     slope[:rank] = -1 / whole - (2 * variance / rank) * (leading - mean)
     multiple = torch.zeros_like(whole)  # what ‖Z‖_F adds: this multiple of Z
@@ -149,21 +194,20 @@ def svd_term(
         multiple = leading.sum() / whole**3
     slope = torch.where((sigma == 0) | zero, torch.zeros_like(slope), slope)
     inverse = torch.where(sigma == 0, torch.zeros_like(sigma), 1 / sigma)
-    multiple = multiple.masked_fill(zero, 0.0)
-    directions = vectors if c is None else c @ vectors  # [d, k]: the g_i
-    k = (directions * (slope * inverse)) @ directions.T
-    k = k + multiple * g if g is not None else k.diagonal_scatter(k.diagonal() + multiple)
-    if not need_weight_grad:
-        return SVDTerm(value, k, None)
-    seen = s @ directions
-    return SVDTerm(value, k, (seen * (slope * inverse**3)) @ seen.T + multiple * s)
+    return SVDTerm(value, directions, slope * inverse, multiple.masked_fill(zero, 0.0), None), slope, inverse
+
+
+def gradient_matrix(term: SVDTerm, head: HeadGram) -> Tensor:
+    """K [d, d]: the gradient of the term by X is X·K."""
+    g = head.gram.to(term.directions.dtype)
+    return (term.directions * term.weights) @ term.directions.T + term.multiple * g
 
 
 def _leading_eigenpairs(s: Tensor, c: Tensor | None, k: int, iterate: torch.dtype) -> tuple[Tensor, Tensor]:
     """The k largest eigenvalues of Cᵀ S C, descending, and their vectors. s, c [d, d] -> [k], [d, k]."""
     d = len(s)
     width = k + _OVERSAMPLE
-    if d <= _EIGH_MAX_D or _STEPS * width >= d:
+    if not iterates(d, k):
         values, vectors = _eigh(s if c is None else c.T @ s @ c)
         return values[-k:].flip(0), vectors[:, -k:].flip(1)
     # Rounding of the iteration tilts the basis a little; the Ritz step sees that only squared. So the iteration may
@@ -175,13 +219,17 @@ def _leading_eigenpairs(s: Tensor, c: Tensor | None, k: int, iterate: torch.dtyp
     blocks = []
     for _ in range(_STEPS):
         x = low @ x if left is None or right is None else left @ (low @ (right @ x))
-        x = torch.linalg.qr(x).Q
+        x = _qr(x)
         blocks.append(x)
     del low, left, right
-    basis = torch.linalg.qr(torch.cat(blocks, dim=1).to(s.dtype)).Q  # [d, 12 (k + 10)]
+    basis = _qr(torch.cat(blocks, dim=1).to(s.dtype))  # [d, 12 (k + 10)]
     y = basis if c is None else c @ basis
     values, small = _eigh(y.T @ (s @ y))
     return values[-k:].flip(0), basis @ small[:, -k:].flip(1)
+
+
+def _qr(matrix: Tensor) -> Tensor:
+    return torch.linalg.qr(matrix).Q
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -150,12 +150,11 @@ class _Run:
             norm=config.svd_norm,
             variance=config.svd_variance,
             iterate=self.dtype,
-            need_grad=self.need_grad,
             need_weight_grad=self.trained_head,
         )
         weight = config.lambda_svd * self.n
-        if term.k is not None and (self.grad_hidden is not None or self.grad_a is not None):
-            self.k = term.k * weight
+        if self.grad_hidden is not None or self.grad_a is not None:
+            self.k = spectral.gradient_matrix(term, self.head.gram) * weight
             if self.hidden.dtype in (torch.bfloat16, torch.float16):  # whose own rounding is larger by far
                 self.k = self.k.to(self.dtype)
         if term.k_weight is not None:
@@ -331,9 +330,7 @@ class _Run:
                 return z, None
             return z, _capped(teacher_linear, teacher_head.softcap, t[rows], None if u is None else u[rows], columns)
 
-        for at in solver.tiles():
-            solver.collect(*tile(*at))
-        terms = solver.solve(need_grad=self.need_grad)
+        terms = solver.solve(tile)
         if self.need_grad:
             r = 0 if self.linear.a is None else len(self.linear.a)
             dx = torch.zeros(self.n, self.d + r, dtype=self.dtype, device=h.device)

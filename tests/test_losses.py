@@ -264,14 +264,23 @@ def test_a_large_vocabulary():
         check(LOSSES[name], z, teacher, torch.float32)
 
 
-def test_above_512_rows_and_columns_the_svd_loss_iterates():
+@pytest.mark.parametrize("shape", [(600, 700), (700, 600)])
+@pytest.mark.parametrize(("decay", "tolerance"), [(0.0, 3e-6), (0.5, 1e-7)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_above_512_rows_and_columns_the_svd_loss_iterates(monkeypatch, shape, decay, tolerance, dtype):
+    monkeypatch.setattr(batch, "_TILE_BYTES", 100 * 600 * 4)
     g = torch.Generator().manual_seed(0)
-    z = torch.randn(600, 700, generator=g, dtype=torch.float64)  # a flat spectrum, the worst case
-    z = z * torch.arange(1, 701).double() ** -0.5
-    found, grad = evaluate(lambda x, _, impl: F.svd_loss(x, impl=impl), z, None, impl="streaming")
-    exact, exact_grad = evaluate(lambda x, _, impl: F.svd_loss(x, impl=impl), z, None, impl="reference")
-    assert found.item() == pytest.approx(exact.item(), rel=1e-7)
-    assert (grad - exact_grad).norm() < 1e-4 * exact_grad.norm()
+    z = torch.randn(*shape, generator=g, dtype=torch.float64)  # without decay a flat spectrum, the worst case
+    z = (z * torch.arange(1, shape[1] + 1).double() ** -decay).to(dtype)
+    loss = lambda x, _, impl: F.svd_loss(x, impl=impl)  # noqa: E731
+    found, grad = evaluate(loss, z, None, impl="streaming")
+    exact, exact_grad = evaluate(loss, z.double(), None, impl="reference")
+    assert found.item() == pytest.approx(exact.item(), rel=max(tolerance, 3e-7))
+    assert (grad - exact_grad).norm() < (1e-2 if decay == 0 else 1e-4) * exact_grad.norm()
+    z[3, 4] = torch.nan
+    found, grad = evaluate(loss, z, None, impl="streaming")
+    assert found.isnan()
+    assert grad.isnan().any()
 
 
 @pytest.mark.parametrize("distance", [1e-4, 1e-2, 1.0, 10.0])
