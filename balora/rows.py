@@ -149,7 +149,6 @@ def _kl_far(p_student: Tensor, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor
 
     An element with a large δ takes the difference of two probabilities, which is then no cancellation; one with a
     small δ keeps expm1. Δ is the log1p of the sum while that sum is small, else the difference of the log-sum-exps.
-    An entry to which the teacher gives no probability contributes 0.
     """
     lse_student = x.exp().sum(-1, keepdim=True).log()
     x_teacher = x + delta
@@ -162,8 +161,7 @@ def _kl_far(p_student: Tensor, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor
     u = delta - lse_difference
     growth = u.expm1()
     near = u.abs() <= 1
-    product = torch.where(p_teacher == 0, torch.zeros_like(u), p_teacher * u)
-    terms = torch.where(near, p_student * (u * growth - (growth - u)), product - p_teacher + p_student)
+    terms = torch.where(near, p_student * (u * growth - (growth - u)), p_teacher * u - p_teacher + p_student)
     return terms.sum(-1), torch.where(near, -p_student * growth, p_student - p_teacher)
 
 

@@ -255,10 +255,6 @@ def randomized_svd(a: Tensor, rank: int, oversample: int, n_iter: int, seed: int
     broken = ~torch.isfinite(a).flatten(1).all(1)  # [batch]
     if broken.any():
         a = a.masked_fill(broken[:, None, None], 0.0)
-    # The largest entry is scaled to 1: squares neither overflow nor vanish.
-    scale = a.abs().amax((-2, -1), keepdim=True) if a.numel() else a.new_ones(len(a), 1, 1)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    a = a / scale
     m, n = a.shape[-2:]
     k = min(rank, m, n)
     width = min(k + oversample, m, n)
@@ -272,7 +268,7 @@ def randomized_svd(a: Tensor, rank: int, oversample: int, n_iter: int, seed: int
     p = orthonormal(b.mT, generator)
     # Projected anew: the triangular factor would carry the shifts.
     u, s, vh = torch.linalg.svd(b @ p)  # of [batch, l, l]
-    u, s, vh = q @ u[..., :k], s[..., :k] * scale[:, 0], vh[..., :k, :] @ p.mT
+    u, s, vh = q @ u[..., :k], s[..., :k], vh[..., :k, :] @ p.mT
     u, s, vh = (x.masked_fill(broken.view(-1, *[1] * (x.dim() - 1)), torch.nan) for x in (u, s, vh))
     return u.reshape(*shape[:-2], m, k), s.reshape(*shape[:-2], k), vh.reshape(*shape[:-2], k, n)
 

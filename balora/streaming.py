@@ -113,9 +113,8 @@ class _Run:
 
         self.grad_hidden: Tensor | None = None
         if need[0]:
-            # float16 would flush the small entries before a loss scale can lift them; bfloat16 has the range. Terms of
-            # the whole batch come in many small steps.
-            keep = dtype if self.whole or hidden.dtype == torch.float16 else hidden.dtype
+            # float16 would flush the small entries before a loss scale can lift them; bfloat16 has the range.
+            keep = dtype if hidden.dtype == torch.float16 else hidden.dtype
             self.grad_hidden = torch.zeros_like(hidden, dtype=keep, memory_format=torch.contiguous_format)
         extra = self.linear.extra
         self.grad_weight = torch.zeros_like(head.weight, dtype=dtype) if need[1] else None
@@ -291,12 +290,8 @@ class _Run:
                 self.grad_a.addmm_(du.T, h)
         if self.grad_hidden is None:
             return
-        dh = dh * self.scale
-        if self.kept is None:
-            self.grad_hidden[start:stop] += dh
-        else:
-            at = self.kept[start:stop]
-            self.grad_hidden[at] += dh.to(self.grad_hidden.dtype)
+        at = slice(start, stop) if self.kept is None else self.kept[start:stop]
+        self.grad_hidden[at] += (dh * self.scale).to(self.grad_hidden.dtype)
 
     def batch_terms(self) -> batch.BatchTerms:
         """The terms that need the logits of the whole batch at once, over tiles of the vocabulary."""
@@ -350,8 +345,6 @@ class _Run:
         for grad in (self.grad_weight, e, self.grad_a):
             if grad is not None:
                 grad *= self.scale
-        if hidden is not None and hidden.dtype != self.hidden.dtype and self.hidden.dtype != torch.float16:
-            hidden = hidden.to(self.hidden.dtype)
         r = 0 if self.linear.a is None else len(self.linear.a)
         bias = e[:, -1] if e is not None and self.need[2] else None
         return Gradients(

@@ -230,6 +230,8 @@ def test_adapters_in_float32_are_not_rounded(monkeypatch):
     head = LinearHead(weight, bias=torch.randn(20), lora=(a, b, 0.5))
     F.linear_objective(hidden.requires_grad_(), teacher, head, labels, ALL_TERMS, impl="streaming").loss.backward()
     assert rounded
+    wide = LinearHead(weight.float() * 1.001)  # a wide weight under narrow hidden states
+    F.linear_objective(hidden, teacher, wide, labels, ALL_TERMS, impl="streaming").loss.backward()
     assert all(torch.equal(x, x.bfloat16().float()) for x in rounded)
 
 
@@ -276,6 +278,20 @@ def test_kl_in_float32_from_near_to_far_with_rare_tokens_that_move_far(distance,
     kl, grad = terms.kl, shifted
     assert kl.sum().item() == pytest.approx(exact.item(), rel=2e-5)
     assert (grad - wide.grad).norm() <= 2e-5 * wide.grad.norm()
+
+
+@pytest.mark.parametrize("offset", [-20.0, 3.0, 20.0])
+def test_an_offset_of_the_difference_logits_costs_a_small_kl_nothing(offset):
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(8, 300, generator=g)
+    delta = (1e-3 * torch.randn(8, 300, generator=g) + offset).double().float()
+    wide = z.double().requires_grad_()
+    exact = reference.consistency(wide, wide.detach() + delta.double(), 1.0)
+    exact.backward()
+    settings = dict(lambda_consistency=1.0, lambda_diversity=0.0, temperature=1.0, top_k=None, need_grad=True)
+    terms = rows.block(z, delta.clone(), None, work=torch.empty(rows.BUFFERS, 8, 300), **settings)
+    assert terms.kl.sum().item() == pytest.approx(exact.item(), rel=1e-3)
+    assert (z - wide.grad).norm() <= 1e-3 * wide.grad.norm()
 
 
 def test_columns_of_minus_infinity():
