@@ -74,7 +74,9 @@ def info(file: TextIO | None = None) -> dict[str, Any]:
         ``implementations``, what ``"auto"`` takes (``runs``, or the ``error``) and the reasons against the others
         (``why_not``).
     """
-    versions = {"balora": _version("balora"), "python": platform.python_version()}
+    from . import __version__
+
+    versions: dict[str, str | None] = {"balora": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in _PACKAGES}
     devices = [f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"]
     if torch.cuda.is_available():

@@ -172,3 +172,19 @@ def test_an_unknown_command(capsys):
         cli.main(["fly"])
     assert caught.value.code == 2
     assert "fly" in capsys.readouterr().err
+
+
+def test_info_prints_what_runs_here(capsys):
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "linear_objective  streaming" in printed
+    assert "what cannot run here" in printed
+
+
+@pytest.mark.parametrize(("text", "rank"), [("7", 7), ("0.3", 0.3), ("1.0", 1.0), ("1", 1)])
+def test_a_rank_is_a_number_or_a_fraction(inputs, tmp_path, text, rank):
+    from balora import trainer
+
+    asked, parsed = cli._train_arguments(trainer, flags(options(inputs, tmp_path / "a", svd_rank=text)))
+    assert parsed[1].svd_rank == asked["svd_rank"] == rank
+    assert type(parsed[1].svd_rank) is type(rank)

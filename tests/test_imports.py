@@ -21,7 +21,7 @@ MAY_IMPORT = {
     },  # last: types
     "checks": {"torch"},
     "config": {"balora.checks"},
-    "dispatch": {"torch"},
+    "dispatch": {"torch", "balora"},
     "reference": {"torch"},
     "rows": {"torch"},
     "spectral": {"torch"},
