@@ -60,6 +60,19 @@ def assert_within_budget(found, plain, exact, dtype, what=""):
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
+def assert_terms_within_budget(found, plain, exact, dtype):
+    """The loss and each of its terms, of inputs of that type."""
+    for name, a, b, c in zip(found._fields, found, plain, exact, strict=True):
+        if c is None:
+            assert a is None, name
+        elif name == "n_valid":
+            assert a == c
+        else:
+            # Difference logits are rounded to bfloat16 for a bfloat16 product; everything else is float32 arithmetic.
+            rounded = dtype == torch.bfloat16 and name in ("loss", "consistency")
+            assert_within_budget(a, b, c, dtype if rounded else torch.promote_types(dtype, torch.float32), name)
+
+
 @pytest.fixture(scope="session")
 def stories15m() -> Path:
     """The folder of a small real Llama (V 32,000, tied head)."""
