@@ -82,6 +82,7 @@ def test_every_head_trained_or_frozen(kind, dtype):
     extra = [name for name in everything[0] if name not in ("hidden", "weight")]
     if extra:
         check(everything, only("consistency"), dtype, trained=extra, normalizer=7.0)
+        check(everything, only("svd"), dtype, trained=extra)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
