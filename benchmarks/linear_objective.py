@@ -179,19 +179,31 @@ def measure(n: int, d: int, vocab: int, dtype: torch.dtype, terms: str, names: l
         runs[name] = forward_backward(function, p, config)
     seconds = harness.interleaved({"floor": floor(p, products), **runs}, rounds)
     base, spread = harness.median_and_spread(seconds["floor"])
-    rows.insert(0, {**common, "implementation": f"floor: {products} bare products", "ms": f"{base:.0f}"})
-    rows[0] |= {"spread": f"{spread:.0f}", "ratio": "1.00"}
+    rows.insert(0, {**common, "implementation": f"floor: {products} bare products", "ms": _number(base)})
+    rows[0] |= {"spread": _number(spread), "ratio": "1.00"}
     for row in rows[1:]:
         name = row["implementation"]
         if name not in runs:
             continue
         ms, spread = harness.median_and_spread(seconds[name])
-        row |= {"ms": f"{ms:.0f}", "spread": f"{spread:.0f}", "ratio": f"{ms / base:.2f}"}
+        row |= {"ms": _number(ms), "spread": _number(spread), "ratio": f"{ms / base:.2f}"}
         harness.progress(f"{name}: memory")
         found = harness.in_fresh_process(__file__, name, terms, f"{n},{d},{vocab}", str(dtype)[6:])
         row["peak_MiB"] = found.get("error") or f"{found['peak'] / harness.MIB:.0f}"
     harness.progress("")
     return rows
+
+
+def _number(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 10 else f"{ms:.2f}"
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    numbers = text.split(",")
+    if len(numbers) != 3 or not all(n.isdigit() and int(n) > 0 for n in numbers):
+        raise argparse.ArgumentTypeError(f"expected N,d,V, as 512,1024,32000; found {text!r}")
+    n, d, vocab = map(int, numbers)
+    return n, d, vocab
 
 
 def child(name: str, terms: str, shape: str, dtype: str) -> None:
@@ -221,10 +233,14 @@ COLUMNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["512,1024,32000", "2048,576,49152"], help="N,d,V each")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    shapes = [(512, 1024, 32000), (2048, 576, 49152)]
+    parser.add_argument("--shapes", nargs="+", type=_shape, default=shapes, metavar="N,d,V")
+    dtypes = ["float32", "bfloat16"]
+    parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=[*dtypes, "float16", "float64"])
     parser.add_argument("--terms", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
-    parser.add_argument("--only", nargs="+", default=list(IMPLEMENTATIONS), choices=list(IMPLEMENTATIONS))
+    parser.add_argument(
+        "--only", nargs="+", default=list(IMPLEMENTATIONS), choices=list(IMPLEMENTATIONS), metavar="NAME"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", nargs="*", type=int, default=[8192], help="memory of balora at these N too")
     parser.add_argument("--out", type=Path, help="writes OUT.md and OUT.csv")
@@ -233,8 +249,7 @@ def main() -> None:
     everything = []
     text = ["# linear_objective, forward and backward", "", ", ".join(f"{k} {v}" for k, v in machine.items())]
     print("\n".join(text))
-    for shape in arguments.shapes:
-        n, d, vocab = map(int, shape.split(","))
+    for n, d, vocab in arguments.shapes:
         for dtype in arguments.dtypes:
             rows = []
             for terms in arguments.terms:
