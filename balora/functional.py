@@ -54,7 +54,7 @@ def linear_objective(
     normalizer: Tensor | float | None = None,
     impl: str = "auto",
 ) -> BALoraOutput:
-    """The BA-LoRA objective from hidden states, without ever holding the [N, V] logits.
+    """The BA-LoRA objective from hidden states, without ever holding the [N, V] logits (``"streaming"``).
 
     With N valid tokens (label ≠ −100), Z = H Wᵀ and Z_P = H_P Wᵀ (2025 paper, eq. 9 to 12)::
 
@@ -67,7 +67,8 @@ def linear_objective(
 
     Gradients go to ``hidden`` and to the tensors of ``head`` that require one; they are computed in the forward, and
     scaled in the backward. The λ of ``config`` are used as given, without a schedule. K and k above what the batch has
-    are clamped. Without a valid token the loss is a 0 that is still connected.
+    are clamped. Without a valid token the loss is a 0 that is still connected. A vocabulary masked by a bias of −∞ adds
+    nothing to the terms of a token; the SVD term of infinite logits is NaN.
 
     Memory beyond inputs and gradients is bounded whatever N (chunks of 72 MiB); a loss that is scaled before the
     backward has its gradients twice for a moment. Terms of the whole batch that take the logits themselves (covariance,

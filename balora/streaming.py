@@ -294,7 +294,7 @@ class _Run:
         self.grad_hidden[at] += (dh * self.scale).to(self.grad_hidden.dtype)
 
     def batch_terms(self) -> batch.BatchTerms:
-        """The terms that need the logits of the whole batch at once, over tiles of the vocabulary."""
+        """The terms that need the logits of the whole batch at once, over tiles of them."""
         config = self.config
         zero = self.hidden.new_zeros((), dtype=self.dtype)
         if not self.whole:
