@@ -1,0 +1,472 @@
+"""Rows of logits in three passes: the states of tiles, their merge, the gradient.
+
+A row of V logits is cut into tiles of a width that depends on V alone. ``_tile_states`` reads each tile once and leaves
+seven numbers of it, ``_merge`` combines those of a row in the order of the tiles, ``_gradient`` reads the logits again
+and writes the gradient. So few rows still fill a device, the same logits give the same bits however they are chunked,
+and nothing is summed by atomics. ``_merge`` is also the seam for a vocabulary that is spread over devices: the states
+and block maxima of all of it, gathered, are all that it needs, but for the logits of the label and of K blocks.
+
+The KL. With x = z/T, δ = z_P/T − x, any constant c, a = δ − c and m = max x, the sums over the vocabulary
+    L = Σ e^(x−m),  S = Σ e^(x−m) (e^a − 1),  Q = Σ e^(x−m) (a e^a − e^a + 1),  s = S/L
+give lse_P − lse_S = c + log(1 + s) and KL(P ‖ S) = Q/(L + S) + s/(1 + s) − log(1 + s). Every term of Q is ≥ 0, and with
+c near the mean of δ under the student s is of second order: the KL keeps its relative accuracy however close the
+teacher is, and whatever offset a row has. c stays within ``_REACH`` of the difference of the two maxima, so no
+e^(x−m) e^a overflows however far the teacher is: there is no second form for it.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from .numerics import log1p, tanh, weighted_expm1, weighted_rise
+from .top_k import comparable, largest_blocks, pack, unpack_index, unpack_value
+
+# Of a tile: max z, max z_P/T, L at temperature 1, L, c, S, Q.
+_STATES = 7
+# Of a row, for the gradient: max z, 1/L at temperature 1, 1/L, c, log(1 + s). A row of them is 32 bytes.
+_STATS = tl.constexpr(8)
+_REACH = tl.constexpr(8.0)
+_MASKED = tl.constexpr(-1000.0)  # the a of an entry that the teacher alone masks: e^−1000 is 0
+_NOWHERE = tl.constexpr(-1e30)  # the c of a tile that the teacher masks as a whole
+
+# What the teacher's tensor holds.
+_DIFFERENCE = tl.constexpr(1)  # Z_P − Z, before a soft-cap
+_LOGITS = tl.constexpr(2)  # Z_P
+
+
+@triton.jit
+def _row_offset(row, inner, outer_stride, inner_stride):
+    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+@triton.jit
+def _is_valid(row, labels_ptr, valid_ptr):
+    keep = row >= 0
+    if labels_ptr is not None:
+        keep = keep & (tl.load(labels_ptr + row) >= 0)
+    if valid_ptr is not None:
+        keep = keep & (tl.load(valid_ptr + row) != 0)
+    return keep
+
+
+@triton.jit
+def _logits(ptr, bias_ptr, columns, mask, scale, cap, CAP: tl.constexpr):
+    """z = cap·tanh(v) with v = scale·(a + b)/cap, then tanh(v) and v; −∞ beyond the mask."""
+    a = tl.load(ptr, mask=mask, other=float("-inf")).to(tl.float32)
+    if bias_ptr is not None:
+        a += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    v = a * scale
+    th = v
+    z = v
+    if CAP:
+        v = v / cap
+        th = tanh(v)
+        z = tl.where(mask, cap * th, float("-inf"))
+    return z, th, v
+
+
+@triton.jit
+def _teacher(
+    ptr, bias_ptr, columns, mask, scale, cap, factor_ptr, inv_t, th, v, student_cap,
+    TEACHER: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
+):  # fmt: skip
+    """z_P/T where the teacher has logits of its own, else δ = (z_P − z)/T.
+
+    Of a cap tanh(v + w) − tanh(v) = tanh(w)(1 − tanh²(v))/(1 + tanh(v)·tanh(w)), which keeps the relative accuracy of a
+    small difference; a large one is subtracted.
+    """
+    if TEACHER == _LOGITS:
+        z, _, _ = _logits(ptr, bias_ptr, columns, mask, scale, cap, TEACHER_CAP)
+        return z * inv_t
+    d = tl.load(ptr, mask=mask, other=0.0).to(tl.float32) * scale
+    if factor_ptr is not None:
+        d *= tl.load(factor_ptr)
+    if CAP:
+        w = d / student_cap
+        y = tanh(w)
+        near = y * ((1.0 - th) * (1.0 + th)) / (1.0 + th * y)
+        d = student_cap * tl.where(tl.abs(w) > 1.0, tanh(v + w) - th, near)
+    return d * inv_t
+
+
+@triton.jit
+def _apart(t, x, c, TEACHER: tl.constexpr):
+    """a = δ − c. An entry that both mask counts as equal, one that the teacher alone masks as far below."""
+    if TEACHER == _DIFFERENCE:
+        return t - c
+    alone = tl.where(x == float("-inf"), 0.0, _MASKED)
+    return tl.where(t == float("-inf"), alone, (t - x) - c)
+
+
+@triton.jit
+def _total(values):
+    return tl.sum(tl.sum(values, 1), 0)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _tile_states(
+    z_ptr, t_ptr, bias_ptr, t_bias_ptr, labels_ptr, valid_ptr, factor_ptr, states_ptr, maxima_ptr,
+    rows, vocab, tiles, blocks,
+    z_inner, z_outer_stride, z_inner_stride, z_stride,
+    t_inner, t_outer_stride, t_inner_stride, t_stride,
+    scale, t_scale, cap, t_cap, inv_t,
+    TEACHER: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, T: tl.constexpr, TOP: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    row = pid // tiles
+    tile = pid % tiles
+    if _is_valid(row, labels_ptr, valid_ptr):
+        local = tl.arange(0, TILE // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        columns = tile * TILE + local  # [TILE / BLOCK, BLOCK]
+        mask = columns < vocab
+        z_at = z_ptr + _row_offset(row, z_inner, z_outer_stride, z_inner_stride) + columns.to(tl.int64) * z_stride
+        z, th, v = _logits(z_at, bias_ptr, columns, mask, scale, cap, CAP)
+        state = states_ptr + row.to(tl.int64) * tiles + tile
+        field = rows.to(tl.int64) * tiles
+        if TOP:
+            block = tile * (TILE // BLOCK) + tl.arange(0, TILE // BLOCK)
+            best = tl.max(comparable(z), 1)
+            tl.store(maxima_ptr + row.to(tl.int64) * blocks + block, best, mask=block < blocks)
+        if T != 0 or TEACHER != 0:
+            top = tl.max(tl.max(z, 1), 0)
+            base = tl.where(top == float("-inf"), 0.0, top)  # a tile that is masked as a whole has L = 0
+            tl.store(state, top)
+        if TEACHER == 0:
+            if T != 0:
+                tl.store(state + 2 * field, _total(tl.exp(z - base)))
+        else:
+            t_at = t_ptr + _row_offset(row, t_inner, t_outer_stride, t_inner_stride) + columns.to(tl.int64) * t_stride
+            t = _teacher(
+                t_at, t_bias_ptr, columns, mask, t_scale, t_cap, factor_ptr, inv_t, th, v, cap,
+                TEACHER, CAP, TEACHER_CAP,
+            )  # fmt: skip
+            x = z * inv_t
+            y = (z - base) * inv_t
+            e = tl.exp(y)
+            t_top = tl.max(tl.max(x + t if TEACHER == _DIFFERENCE else t, 1), 0)
+            offset = tl.where(t_top == float("-inf"), _NOWHERE, t_top - base * inv_t)
+            offset = tl.where(top == float("-inf"), 0.0, offset)
+            a = _apart(t, x, offset, TEACHER)
+            near = tl.minimum(tl.maximum(a, -_REACH), _REACH)
+            total = _total(e)
+            mean = tl.where(total > 0, _total(e * near) / total, 0.0)
+            a -= mean
+            grown = tl.exp(y + a)
+            growth = weighted_expm1(e, grown, a)
+            tl.store(state + field, t_top)
+            if T == 1:
+                tl.store(state + 2 * field, total)
+            if T == 2:
+                tl.store(state + 2 * field, _total(e * e))
+            if T == 3:
+                tl.store(state + 2 * field, _total(tl.exp(z - base)))
+            tl.store(state + 3 * field, total)
+            tl.store(state + 4 * field, offset + mean)
+            tl.store(state + 5 * field, _total(growth))
+            tl.store(state + 6 * field, _total(weighted_rise(e, grown, growth, a)))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _merge(
+    z_ptr, bias_ptr, labels_ptr, valid_ptr, states_ptr, maxima_ptr,
+    terms_ptr, stats_ptr, top_gradient_ptr, top_index_ptr,
+    rows, vocab, tiles, blocks, z_inner, z_outer_stride, z_inner_stride, z_stride, scale, cap, inv_t, top_k,
+    TEACHER: tl.constexpr, CAP: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Of one row: its terms CE, KL, −H; what ``_gradient`` needs; the gradient of −H and where it belongs."""
+    row = tl.program_id(0)
+    z_row = z_ptr + _row_offset(row, z_inner, z_outer_stride, z_inner_stride)
+    term = terms_ptr + row
+    valid = _is_valid(row, labels_ptr, valid_ptr)
+    if KP != 0:
+        rank = tl.arange(0, KP)
+        place = row.to(tl.int64) * top_k + rank
+        if not valid:
+            tl.store(top_gradient_ptr + place, tl.zeros([KP], tl.float32), mask=rank < top_k)
+            tl.store(top_index_ptr + place, rank.to(tl.int64), mask=rank < top_k)
+    if valid:
+        if T != 0 or TEACHER != 0:
+            tile = tl.arange(0, TILES)
+            here = tile < tiles
+            state = states_ptr + row.to(tl.int64) * tiles + tile
+            field = rows.to(tl.int64) * tiles
+            tops = tl.load(state, mask=here, other=float("-inf"))
+            top = tl.max(tops, 0)
+            stat = stats_ptr + row.to(tl.int64) * _STATS
+            tl.store(stat, top)
+            if T != 0:
+                total1 = tl.sum(tl.exp(tops - top) * tl.load(state + 2 * field, mask=here, other=0.0), 0)
+                tl.store(stat + 1, 1.0 / total1)
+                if labels_ptr is not None:
+                    label = tl.load(labels_ptr + row)
+                    known = (label >= 0) & (label < vocab)
+                    label = tl.where(known, label, 0)
+                    labelled, _, _ = _logits(z_row + label * z_stride, bias_ptr, label, known, scale, cap, CAP)
+                    tl.store(term, tl.log(total1) + (top - labelled))
+            if TEACHER != 0:
+                y = (tops - top) * inv_t
+                alpha = tl.exp(y)
+                t_tops = tl.load(state + field, mask=here, other=float("-inf"))
+                part = tl.load(state + 3 * field, mask=here, other=0.0)
+                centre = tl.load(state + 4 * field, mask=here, other=0.0)
+                surplus = tl.load(state + 5 * field, mask=here, other=0.0)
+                rise = tl.load(state + 6 * field, mask=here, other=0.0)
+                total = tl.sum(alpha * part, 0)
+                offset = tl.max(t_tops, 0) - top * inv_t
+                near = tl.minimum(tl.maximum(centre - offset, -_REACH), _REACH)
+                c = offset + tl.sum(alpha * part * near, 0) / total
+                h = centre - c
+                beta = tl.exp(y + h)
+                growth = weighted_expm1(alpha, beta, h)
+                s = tl.sum(beta * surplus + growth * part, 0) / total
+                q = beta * rise + h * beta * surplus + weighted_rise(alpha, beta, growth, h) * part
+                shift = log1p(s)
+                tl.store(term + rows, tl.sum(q, 0) / total / (1.0 + s) + (s / (1.0 + s) - shift))
+                tl.store(stat + 2, 1.0 / total)
+                tl.store(stat + 3, c)
+                tl.store(stat + 4, shift)
+        if KP != 0:
+            maxima = maxima_ptr + row.to(tl.int64) * blocks
+            block = largest_blocks(maxima, blocks, BLOCKS, KP)
+            columns = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [KP, BLOCK]
+            mask = columns < vocab
+            z, _, _ = _logits(z_row + columns.to(tl.int64) * z_stride, bias_ptr, columns, mask, scale, cap, CAP)
+            keys = tl.topk(tl.reshape(pack(comparable(z), columns, mask), [KP * BLOCK]), KP)
+            chosen = rank < top_k
+            value = tl.where(chosen, unpack_value(keys), float("-inf"))
+            w = value - tl.max(value, 0)
+            e = tl.exp(w)
+            total_k = tl.sum(e, 0)
+            q = e / total_k
+            # q log q, 0 for a masked entry; a NaN stays
+            part_k = tl.where(q == 0.0, 0.0, q * (w - tl.log(total_k)))
+            negative_entropy = tl.sum(part_k, 0)
+            gradient = part_k - q * negative_entropy
+            if CAP:
+                th = value / cap
+                gradient *= (1.0 - th) * (1.0 + th)
+            tl.store(term + 2 * rows, negative_entropy)
+            tl.store(top_gradient_ptr + place, gradient, mask=chosen)
+            tl.store(top_index_ptr + place, unpack_index(keys).to(tl.int64), mask=chosen)
+
+
+@triton.jit
+def _gradient(
+    z_ptr, t_ptr, bias_ptr, t_bias_ptr, labels_ptr, valid_ptr, factor_ptr, stats_ptr, out_ptr, scale_ptr,
+    vocab, tiles,
+    z_inner, z_outer_stride, z_inner_stride, z_stride,
+    t_inner, t_outer_stride, t_inner_stride, t_stride,
+    out_inner, out_outer_stride, out_inner_stride, out_stride,
+    scale, t_scale, cap, t_cap, inv_t, strength, out_scale,
+    TEACHER: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """out = out_scale · (softmax(z) − onehot(label) + strength · (softmax(z/T) − softmax(z_P/T))) · dz/d(scale·(a + b))."""
+    pid = tl.program_id(0)
+    row = pid // tiles
+    columns = (pid % tiles) * TILE + tl.arange(0, TILE)
+    mask = columns < vocab
+    out_at = out_ptr + _row_offset(row, out_inner, out_outer_stride, out_inner_stride)
+    out_at += columns.to(tl.int64) * out_stride
+    g = tl.zeros([TILE], tl.float32)
+    if _is_valid(row, labels_ptr, valid_ptr):
+        z_at = z_ptr + _row_offset(row, z_inner, z_outer_stride, z_inner_stride) + columns.to(tl.int64) * z_stride
+        z, th, v = _logits(z_at, bias_ptr, columns, mask, scale, cap, CAP)
+        stat = stats_ptr + row.to(tl.int64) * _STATS
+        y = (z - tl.load(stat)) * inv_t
+        e = tl.exp(y)
+        if TEACHER != 0:
+            t_at = t_ptr + _row_offset(row, t_inner, t_outer_stride, t_inner_stride) + columns.to(tl.int64) * t_stride
+            t = _teacher(
+                t_at, t_bias_ptr, columns, mask, t_scale, t_cap, factor_ptr, inv_t, th, v, cap,
+                TEACHER, CAP, TEACHER_CAP,
+            )  # fmt: skip
+            u = _apart(t, z * inv_t, tl.load(stat + 3), TEACHER) - tl.load(stat + 4)
+            p = e * tl.load(stat + 2)
+            # p_S − p_P = −p_S (eᵘ − 1), never from two rounded probabilities
+            g = -strength * weighted_expm1(p, tl.exp(y + u) * tl.load(stat + 2), u)
+        if T != 0:
+            e1 = e
+            if T == 2:
+                e1 = e * e
+            if T == 3:
+                e1 = tl.exp(z - tl.load(stat))
+            g += e1 * tl.load(stat + 1)
+        if labels_ptr is not None:
+            g -= tl.where(columns == tl.load(labels_ptr + row), 1.0, 0.0)
+        if CAP:
+            g *= (1.0 - th) * (1.0 + th)
+        g *= out_scale
+        if scale_ptr is not None:
+            g *= tl.load(scale_ptr)
+    tl.store(out_at, g.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_top(
+    gradient_ptr, index_ptr, out_ptr, factor, out_inner, out_outer_stride, out_inner_stride, out_stride, top_k,
+    KP: tl.constexpr,
+):  # fmt: skip
+    """Adds factor times the gradient of −H to K entries of a row."""
+    row = tl.program_id(0)
+    rank = tl.arange(0, KP)
+    mask = rank < top_k
+    place = row.to(tl.int64) * top_k + rank
+    index = tl.load(index_ptr + place, mask=mask, other=0)
+    at = out_ptr + _row_offset(row, out_inner, out_outer_stride, out_inner_stride) + index * out_stride
+    sum_ = tl.load(at, mask=mask).to(tl.float32) + factor * tl.load(gradient_ptr + place, mask=mask)
+    tl.store(at, sum_.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+class Logits(NamedTuple):
+    """Logits as the kernels read them: cap·tanh(scale·(values + bias)/cap), without a cap scale·(values + bias)."""
+
+    values: Tensor  # [N, V] or [B, S, V], of any strides
+    bias: Tensor | None = None  # [V], contiguous
+    scale: float = 1.0
+    cap: float | None = None
+
+
+class Teacher(NamedTuple):
+    logits: Logits
+    difference: bool  # values are Z_P − Z, before the scale and the soft-cap of the student; else they are Z_P
+    factor: Tensor | None = None  # [1] float32: the values are still to be multiplied by it
+
+
+class Found(NamedTuple):
+    """What ``forward`` finds of every row; 0 of a row that is not valid."""
+
+    terms: Tensor  # [3, N] float32: CE, KL without T², −H of the top K; 0 where a term was not asked for
+    stats: Tensor | None  # [N, 8], for ``gradient``
+    top_gradient: Tensor | None  # [N, K]: of −H by the raw logit (a soft-cap's slope is in it)
+    top_index: Tensor | None  # [N, K] int64
+
+
+def forward(
+    student: Logits,
+    teacher: Teacher | None = None,
+    *,
+    labels: Tensor | None = None,
+    valid: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> Found:
+    """CE (with labels), KL (with a teacher) and −H of the top K (with top_k) of every row; each logit is read once.
+
+    labels [N] int64, contiguous, a negative one is not valid; valid [N] bool, contiguous; top_k from 1 to min(128, V).
+    """
+    z = student.values
+    n, vocab = z.numel() // z.shape[-1], z.shape[-1]
+    cut = tiles.tiling(vocab)
+    new = z.new_empty
+    terms = z.new_zeros(3, n, dtype=torch.float32)
+    exact = labels is not None or teacher is not None
+    states = new(_STATES, n, cut.tiles, dtype=torch.float32) if exact else None
+    stats = new(n, _STATS.value, dtype=torch.float32) if exact else None
+    maxima = new(n, cut.blocks, dtype=torch.float32) if top_k else None
+    top_gradient = new(n, top_k, dtype=torch.float32) if top_k else None
+    top_index = new(n, top_k, dtype=torch.int64) if top_k else None
+    if n == 0:
+        return Found(terms, stats, top_gradient, top_index)
+    flags = _flags(student, teacher, labels, temperature)
+    numbers = _numbers(student, teacher, temperature)
+    t = None if teacher is None else teacher.logits
+    with _on(z):
+        _tile_states[(n * cut.tiles,)](
+            z, t and t.values, student.bias, t and t.bias, labels, _bytes(valid), teacher and teacher.factor,
+            states, maxima, n, vocab, cut.tiles, cut.blocks, *_strides(z), *_strides(t and t.values), *numbers,
+            **flags, TOP=top_k is not None, TILE=cut.tile, BLOCK=cut.block, num_warps=tiles.tile_warps(cut),
+        )  # fmt: skip
+        kp = tiles.power_of_two(max(top_k, 2)) if top_k else 0
+        _merge[(n,)](
+            z, student.bias, labels, _bytes(valid), states, maxima, terms, stats, top_gradient, top_index,
+            n, vocab, cut.tiles, cut.blocks, *_strides(z), student.scale, numbers[2], numbers[4], top_k or 0,
+            TEACHER=flags["TEACHER"], CAP=flags["CAP"], T=flags["T"], TILES=tiles.power_of_two(cut.tiles),
+            BLOCK=cut.block, BLOCKS=max(tiles.power_of_two(cut.blocks), kp), KP=kp,
+            num_warps=tiles.merge_warps(cut, top_k),
+        )  # fmt: skip
+    return Found(terms, stats, top_gradient, top_index)
+
+
+def gradient(
+    student: Logits,
+    teacher: Teacher | None,
+    found: Found,
+    out: Tensor,
+    *,
+    labels: Tensor | None = None,
+    valid: Tensor | None = None,
+    temperature: float = 1.0,
+    strength: float = 0.0,
+    lambda_diversity: float = 0.0,
+    out_scale: float = 1.0,
+    scale: Tensor | None = None,
+) -> None:
+    """out = out_scale · scale · the gradient of CE + strength/T · T²·KL + λ₂ · (−H) by scale_of_the_head·(values + bias).
+
+    Each logit is read once. A row that is not valid becomes 0. out has the shape of the logits, any type and strides;
+    it may be the teacher's values themselves. scale [] float32; the other arguments as in ``forward``.
+    """
+    z = student.values
+    n, vocab = z.numel() // z.shape[-1], z.shape[-1]
+    if n == 0:
+        return
+    cut = tiles.tiling(vocab)
+    flags = _flags(student, teacher, labels, temperature)
+    t = None if teacher is None else teacher.logits
+    with _on(z):
+        _gradient[(n * cut.tiles,)](
+            z, t and t.values, student.bias, t and t.bias, labels, _bytes(valid), teacher and teacher.factor,
+            found.stats, out, scale, vocab, cut.tiles, *_strides(z), *_strides(t and t.values), *_strides(out),
+            *_numbers(student, teacher, temperature), strength, out_scale,
+            **flags, TILE=cut.tile, num_warps=tiles.tile_warps(cut),
+        )  # fmt: skip
+        if found.top_gradient is not None and found.top_index is not None and lambda_diversity != 0:
+            top_k = found.top_gradient.shape[1]
+            _add_top[(n,)](
+                found.top_gradient, found.top_index, out, lambda_diversity * out_scale, *_strides(out), top_k,
+                KP=tiles.power_of_two(max(top_k, 2)), num_warps=1,
+            )  # fmt: skip
+
+
+def _flags(student: Logits, teacher: Teacher | None, labels: Tensor | None, temperature: float) -> dict:
+    power = {1.0: 1, 2.0: 2}.get(float(temperature), 3)  # how e^z comes from e^(z/T): as it is, squared, anew
+    return {
+        "TEACHER": 0 if teacher is None else (_DIFFERENCE if teacher.difference else _LOGITS).value,
+        "CAP": student.cap is not None,
+        "TEACHER_CAP": teacher is not None and teacher.logits.cap is not None,
+        "T": 0 if labels is None else 1 if teacher is None else power,
+    }
+
+
+def _numbers(student: Logits, teacher: Teacher | None, temperature: float) -> tuple[float, ...]:
+    """scale, t_scale, cap, t_cap, 1/T."""
+    t = student if teacher is None else teacher.logits
+    inverse = 1.0 if teacher is None else 1.0 / temperature
+    return float(student.scale), float(t.scale), float(student.cap or 1), float(t.cap or 1), inverse
+
+
+def _strides(values: Tensor | None) -> tuple[int, int, int, int]:
+    """Rows of an inner dimension; strides of the outer one, the inner one and the columns."""
+    if values is None:
+        return 1, 0, 0, 1
+    if values.dim() == 2:
+        return max(len(values), 1), 0, values.stride(0), values.stride(1)
+    return values.shape[1], *values.stride()
+
+
+def _bytes(valid: Tensor | None) -> Tensor | None:
+    return None if valid is None else valid.view(torch.uint8)
+
+
+def _on(tensor: Tensor):
+    """Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

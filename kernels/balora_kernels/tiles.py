@@ -1,0 +1,94 @@
+"""Every choice of a size, with its reason. Nothing is searched at run time, and nothing depends on how many rows are
+worked on at once: the same logits give the same bits however they are chunked.
+
+None of it has been timed on a device yet: the reasons are counts of bytes, registers and multiprocessors, and the
+compiler's report (``benchmarks/compile_report.py``).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MULTIPROCESSORS = 132  # of an H100 or H200; an A100 has 108, a B200 148
+
+# A tile of a row that one program holds in registers. 4096 logits in float32 with their differences in bfloat16 are
+# 24 KB in flight for a program; two to three programs of 8 warps on a multiprocessor cover the product of bandwidth and
+# latency (about 40 KB each on an H200), and 16 rows of 32,000 are 128 programs: the chip is full.
+_TILE = 4096
+_PER_THREAD = 16  # logits: under 128 registers without a spill
+
+# The columns whose maximum stands for them in the search for the top K: of V = 131,072 and K = 20 the search sorts 2048
+# maxima, then 32 · 64 logits. The two are equal at V = K · 64², and above 2¹⁸ the first would lead by far.
+_BLOCK = 64
+_BLOCK_LARGE = 128
+_LARGE = 2**18
+TOP_K_MAX = 128
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is no less than n ≥ 1."""
+    return 1 << (n - 1).bit_length()
+
+
+class Tiling(NamedTuple):
+    """How a row of V logits is cut."""
+
+    tile: int  # columns of a tile
+    tiles: int
+    block: int  # columns of a block of the top-K search; a tile holds whole ones
+    blocks: int
+
+
+def tiling(vocab: int) -> Tiling:
+    block = _BLOCK if vocab <= _LARGE else _BLOCK_LARGE
+    tile = min(_TILE, max(power_of_two(vocab), block))
+    return Tiling(tile, -(-vocab // tile), block, -(-vocab // block))
+
+
+def tile_warps(tiling: Tiling) -> int:
+    return min(8, max(1, tiling.tile // (32 * _PER_THREAD)))
+
+
+def merge_warps(tiling: Tiling, top_k: int | None) -> int:
+    """Of the merge: 16 of the 64-bit keys that it sorts fit a thread's registers beside their partners."""
+    if top_k is None:
+        return 1
+    keys = max(power_of_two(tiling.blocks), power_of_two(max(top_k, 2)) * tiling.block)
+    return min(16, max(4, keys // (16 * 32)))
+
+
+def row_stride(vocab: int) -> int:
+    """Of a buffer of logits: rows start at 128 bytes, so that loads are wide and the tensor cores' copies aligned."""
+    return -(-vocab // 64) * 64
+
+
+def chunk_rows(rows: int, row_bytes: int, budget: int) -> int:
+    """Rows of a chunk: as many as the budget holds, whole tiles of 128 where there are several, all about as large."""
+    most = max(1, budget // row_bytes)
+    if most >= rows:
+        return max(rows, 1)
+    count = -(-rows // most)
+    chunk = -(-rows // count)
+    rounded = -(-chunk // 128) * 128
+    return rounded if rounded <= most else chunk
+
+
+def vocabulary_slices(rows: int, d: int, vocab: int) -> int:
+    """Into how many slices of the vocabulary the product G·W [rows, d] is cut, to be summed afterwards.
+
+    At 640 rows and d = 4096 it has 80 tiles of 128 × 256 for 132 multiprocessors, each with a loop of V. The fewest
+    slices that keep nine tenths of the multiprocessors busy are taken, if any of 1, 2, 4, 8 does, else the best.
+    A slice is a multiple of 64 columns.
+    """
+    tiles = -(-rows // 128) * -(-d // 256)
+    best, best_use = 1, 0.0
+    for slices in (1, 2, 4, 8):
+        if vocab % (64 * slices) or vocab // slices < 4096:
+            continue
+        work = tiles * slices
+        use = work / (-(-work // MULTIPROCESSORS) * MULTIPROCESSORS)
+        if use >= 0.9:
+            return slices
+        if use > best_use + 0.02:
+            best, best_use = slices, use
+    return best
