@@ -6,12 +6,14 @@ and writes the gradient. So few rows still fill a device, the same logits give t
 and nothing is summed by atomics. ``_merge`` is also the seam for a vocabulary that is spread over devices: the states
 and block maxima of all of it, gathered, are all that it needs, but for the logits of the label and of K blocks.
 
-The KL. With x = z/T, δ = z_P/T − x, any constant c, a = δ − c and m = max x, the sums over the vocabulary
-    L = Σ e^(x−m),  S = Σ e^(x−m) (e^a − 1),  Q = Σ e^(x−m) (a e^a − e^a + 1),  s = S/L
-give lse_P − lse_S = c + log(1 + s) and KL(P ‖ S) = Q/(L + S) + s/(1 + s) − log(1 + s). Every term of Q is ≥ 0, and with
-c near the mean of δ under the student s is of second order: the KL keeps its relative accuracy however close the
-teacher is, and whatever offset a row has. c stays within ``_REACH`` of the difference of the two maxima, so no
-e^(x−m) e^a overflows however far the teacher is: there is no second form for it.
+The KL. With x = z/T, δ = z_P/T − x, any constant c, a = δ − c and some base m, the sums over the vocabulary
+    L = Σ e^(x−m),  S = Σ e^(x−m) (e^a − 1),  R = Σ e^(x−m) a e^a
+give lse_P − lse_S = c + log(1 + S/L) and KL(P ‖ S) = R/(L + S) − log(1 + S/L). With c the mean of δ under the student
+S is of second order, as the KL is, and so is R, but for the rounding of first-order terms that cancel: the relative
+error of the KL is about eps/√KL however close the teacher is, and whatever offset a row has. c stays within ``_REACH``
+of the difference of the two maxima, so no e^(x−m) e^a overflows however far the teacher is: there is no second form.
+
+In the kernels x, δ, a, c and m are in units of log 2.
 """
 
 from __future__ import annotations
@@ -25,16 +27,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .numerics import log1p, tanh, weighted_expm1, weighted_rise
+from .numerics import LN2, LOG2E, log1p, maximum, power2, tanh, total, weighted_growth
 from .top_k import comparable, largest_blocks, pack, unpack_index, unpack_value
 
-# Of a tile: max z, max z_P/T, L at temperature 1, L, c, S, Q.
-_STATES = 7
-# Of a row, for the gradient: max z, 1/L at temperature 1, 1/L, c, log(1 + s). A row of them is 32 bytes.
+# Of a tile: the base m, the teacher's, L, L at temperature 1, c, S, R, m at temperature 1.
+_STATES = 8
+# Of a row, for the gradient: m, m at temperature 1, 1/L, 1/L at temperature 1, c + log(1 + S/L). A row is 32 bytes.
 _STATS = tl.constexpr(8)
-_REACH = tl.constexpr(8.0)
-_MASKED = tl.constexpr(-1000.0)  # the a of an entry that the teacher alone masks: e^−1000 is 0
+_REACH = tl.constexpr(12.0)
+_MASKED = tl.constexpr(-150.0)  # the a of an entry that the teacher masks: 2^−150 is 0
 _NOWHERE = tl.constexpr(-1e30)  # the c of a tile that the teacher masks as a whole
+_LOG2E = tl.constexpr(LOG2E)
 
 # What the teacher's tensor holds.
 _DIFFERENCE = tl.constexpr(1)  # Z_P − Z, before a soft-cap
@@ -74,17 +77,17 @@ def _logits(ptr, bias_ptr, columns, mask, scale, cap, CAP: tl.constexpr):
 
 @triton.jit
 def _teacher(
-    ptr, bias_ptr, columns, mask, scale, cap, factor_ptr, inv_t, th, v, student_cap,
+    ptr, bias_ptr, columns, mask, scale, cap, factor_ptr, th, v, student_cap,
     TEACHER: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
 ):  # fmt: skip
-    """z_P/T where the teacher has logits of its own, else δ = (z_P − z)/T.
+    """z_P where the teacher has logits of its own, else z_P − z.
 
     Of a cap tanh(v + w) − tanh(v) = tanh(w)(1 − tanh²(v))/(1 + tanh(v)·tanh(w)), which keeps the relative accuracy of a
     small difference; a large one is subtracted.
     """
     if TEACHER == _LOGITS:
         z, _, _ = _logits(ptr, bias_ptr, columns, mask, scale, cap, TEACHER_CAP)
-        return z * inv_t
+        return z
     d = tl.load(ptr, mask=mask, other=0.0).to(tl.float32) * scale
     if factor_ptr is not None:
         d *= tl.load(factor_ptr)
@@ -93,21 +96,16 @@ def _teacher(
         y = tanh(w)
         near = y * ((1.0 - th) * (1.0 + th)) / (1.0 + th * y)
         d = student_cap * tl.where(tl.abs(w) > 1.0, tanh(v + w) - th, near)
-    return d * inv_t
+    return d
 
 
 @triton.jit
-def _apart(t, x, c, TEACHER: tl.constexpr):
-    """a = δ − c. An entry that both mask counts as equal, one that the teacher alone masks as far below."""
+def _apart(z, t, k, c, TEACHER: tl.constexpr):
+    """a = δ − c. An entry that the teacher masks is far below; one that both mask has no weight."""
     if TEACHER == _DIFFERENCE:
-        return t - c
-    alone = tl.where(x == float("-inf"), 0.0, _MASKED)
-    return tl.where(t == float("-inf"), alone, (t - x) - c)
-
-
-@triton.jit
-def _total(values):
-    return tl.sum(tl.sum(values, 1), 0)
+        return t * k - c
+    # The larger of NaN, −∞ − (−∞), and a number is the number. A NaN of the teacher is in its maximum.
+    return tl.maximum((t - z) * k - c, _MASKED)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -116,13 +114,12 @@ def _tile_states(
     rows, vocab, tiles, blocks,
     z_inner, z_outer_stride, z_inner_stride, z_stride,
     t_inner, t_outer_stride, t_inner_stride, t_stride,
-    scale, t_scale, cap, t_cap, inv_t,
+    scale, t_scale, cap, t_cap, k,
     TEACHER: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, T: tl.constexpr, TOP: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    row = pid // tiles
-    tile = pid % tiles
+    row = tl.program_id(0)
+    tile = tl.program_id(1)
     if _is_valid(row, labels_ptr, valid_ptr):
         local = tl.arange(0, TILE // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         columns = tile * TILE + local  # [TILE / BLOCK, BLOCK]
@@ -131,54 +128,50 @@ def _tile_states(
         z, th, v = _logits(z_at, bias_ptr, columns, mask, scale, cap, CAP)
         state = states_ptr + row.to(tl.int64) * tiles + tile
         field = rows.to(tl.int64) * tiles
+        best = maximum(z, 1)
         if TOP:
             block = tile * (TILE // BLOCK) + tl.arange(0, TILE // BLOCK)
-            best = tl.max(comparable(z), 1)
             tl.store(maxima_ptr + row.to(tl.int64) * blocks + block, best, mask=block < blocks)
         if T != 0 or TEACHER != 0:
-            top = tl.max(tl.max(z, 1), 0)
-            base = tl.where(top == float("-inf"), 0.0, top)  # a tile that is masked as a whole has L = 0
-            tl.store(state, top)
-        if TEACHER == 0:
-            if T != 0:
-                tl.store(state + 2 * field, _total(tl.exp(z - base)))
-        else:
+            top = maximum(best, 0)
+            masked = top == float("-inf")  # as a whole: L = 0
+            base = tl.where(masked, 0.0, top * k)
+            e = power2(z * k - base)
+            part = total(e)
+            tl.store(state, top * k)
+            tl.store(state + 2 * field, part)
+            if T == 2:
+                tl.store(state + 3 * field, total(e * e))
+            if T == 3:
+                tl.store(state + 7 * field, top * _LOG2E)
+                tl.store(state + 3 * field, total(power2(z * _LOG2E - tl.where(masked, 0.0, top * _LOG2E))))
+        if TEACHER != 0:
             t_at = t_ptr + _row_offset(row, t_inner, t_outer_stride, t_inner_stride) + columns.to(tl.int64) * t_stride
             t = _teacher(
-                t_at, t_bias_ptr, columns, mask, t_scale, t_cap, factor_ptr, inv_t, th, v, cap,
-                TEACHER, CAP, TEACHER_CAP,
-            )  # fmt: skip
-            x = z * inv_t
-            y = (z - base) * inv_t
-            e = tl.exp(y)
-            t_top = tl.max(tl.max(x + t if TEACHER == _DIFFERENCE else t, 1), 0)
-            offset = tl.where(t_top == float("-inf"), _NOWHERE, t_top - base * inv_t)
-            offset = tl.where(top == float("-inf"), 0.0, offset)
-            a = _apart(t, x, offset, TEACHER)
-            near = tl.minimum(tl.maximum(a, -_REACH), _REACH)
-            total = _total(e)
-            mean = tl.where(total > 0, _total(e * near) / total, 0.0)
+                t_at, t_bias_ptr, columns, mask, t_scale, t_cap, factor_ptr, th, v, cap, TEACHER, CAP, TEACHER_CAP
+            )
+            if TEACHER == _DIFFERENCE:
+                t_base = tl.max(tl.reshape(z + t, [TILE]), 0) * k
+            else:
+                t_base = maximum(tl.reshape(t, [TILE]), 0) * k
+            offset = tl.where(t_base == float("-inf"), _NOWHERE, t_base - base)
+            offset = tl.where(masked, 0.0, offset)
+            a = _apart(z, t, k, offset, TEACHER)
+            mean = total(e * a) / part
+            mean = tl.where((tl.abs(mean) > _REACH) | masked, 0.0, mean)  # a NaN stays
             a -= mean
-            grown = tl.exp(y + a)
-            growth = weighted_expm1(e, grown, a)
-            tl.store(state + field, t_top)
-            if T == 1:
-                tl.store(state + 2 * field, total)
-            if T == 2:
-                tl.store(state + 2 * field, _total(e * e))
-            if T == 3:
-                tl.store(state + 2 * field, _total(tl.exp(z - base)))
-            tl.store(state + 3 * field, total)
+            grown = power2((z * k - base) + a)
+            tl.store(state + field, t_base)
             tl.store(state + 4 * field, offset + mean)
-            tl.store(state + 5 * field, _total(growth))
-            tl.store(state + 6 * field, _total(weighted_rise(e, grown, growth, a)))
+            tl.store(state + 5 * field, total(weighted_growth(e, grown, a)))
+            tl.store(state + 6 * field, total(grown * a))
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _merge(
     z_ptr, bias_ptr, labels_ptr, valid_ptr, states_ptr, maxima_ptr,
     terms_ptr, stats_ptr, top_gradient_ptr, top_index_ptr,
-    rows, vocab, tiles, blocks, z_inner, z_outer_stride, z_inner_stride, z_stride, scale, cap, inv_t, top_k,
+    rows, vocab, tiles, blocks, z_inner, z_outer_stride, z_inner_stride, z_stride, scale, cap, k, top_k,
     TEACHER: tl.constexpr, CAP: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
@@ -199,41 +192,46 @@ def _merge(
             here = tile < tiles
             state = states_ptr + row.to(tl.int64) * tiles + tile
             field = rows.to(tl.int64) * tiles
-            tops = tl.load(state, mask=here, other=float("-inf"))
-            top = tl.max(tops, 0)
+            bases = tl.load(state, mask=here, other=float("-inf"))
+            base = tl.max(bases, 0)
+            part = tl.load(state + 2 * field, mask=here, other=0.0)
+            alpha = tl.exp2(bases - base)
+            whole = tl.sum(alpha * part, 0)
             stat = stats_ptr + row.to(tl.int64) * _STATS
-            tl.store(stat, top)
+            tl.store(stat, base)
+            tl.store(stat + 2, 1.0 / whole)
             if T != 0:
-                total1 = tl.sum(tl.exp(tops - top) * tl.load(state + 2 * field, mask=here, other=0.0), 0)
-                tl.store(stat + 1, 1.0 / total1)
+                base1, whole1 = base, whole
+                if T == 2:
+                    base1 = 2.0 * base
+                    whole1 = tl.sum(alpha * alpha * tl.load(state + 3 * field, mask=here, other=0.0), 0)
+                if T == 3:
+                    bases1 = tl.load(state + 7 * field, mask=here, other=float("-inf"))
+                    base1 = tl.max(bases1, 0)
+                    whole1 = tl.sum(tl.exp2(bases1 - base1) * tl.load(state + 3 * field, mask=here, other=0.0), 0)
+                tl.store(stat + 1, base1)
+                tl.store(stat + 3, 1.0 / whole1)
                 if labels_ptr is not None:
                     label = tl.load(labels_ptr + row)
                     known = (label >= 0) & (label < vocab)
                     label = tl.where(known, label, 0)
                     labelled, _, _ = _logits(z_row + label * z_stride, bias_ptr, label, known, scale, cap, CAP)
-                    tl.store(term, tl.log(total1) + (top - labelled))
+                    tl.store(term, (tl.log2(whole1) + (base1 - labelled * _LOG2E)) * LN2)
             if TEACHER != 0:
-                y = (tops - top) * inv_t
-                alpha = tl.exp(y)
-                t_tops = tl.load(state + field, mask=here, other=float("-inf"))
-                part = tl.load(state + 3 * field, mask=here, other=0.0)
+                offset = tl.max(tl.load(state + field, mask=here, other=float("-inf")), 0) - base
                 centre = tl.load(state + 4 * field, mask=here, other=0.0)
-                surplus = tl.load(state + 5 * field, mask=here, other=0.0)
-                rise = tl.load(state + 6 * field, mask=here, other=0.0)
-                total = tl.sum(alpha * part, 0)
-                offset = tl.max(t_tops, 0) - top * inv_t
+                s = tl.load(state + 5 * field, mask=here, other=0.0)
+                r = tl.load(state + 6 * field, mask=here, other=0.0)
                 near = tl.minimum(tl.maximum(centre - offset, -_REACH), _REACH)
-                c = offset + tl.sum(alpha * part * near, 0) / total
+                c = offset + tl.sum(alpha * part * near, 0) / whole
+                # a tile's sums with c in the place of its own: its a becomes a + h
                 h = centre - c
-                beta = tl.exp(y + h)
-                growth = weighted_expm1(alpha, beta, h)
-                s = tl.sum(beta * surplus + growth * part, 0) / total
-                q = beta * rise + h * beta * surplus + weighted_rise(alpha, beta, growth, h) * part
-                shift = log1p(s)
-                tl.store(term + rows, tl.sum(q, 0) / total / (1.0 + s) + (s / (1.0 + s) - shift))
-                tl.store(stat + 2, 1.0 / total)
-                tl.store(stat + 3, c)
-                tl.store(stat + 4, shift)
+                beta = tl.exp2((bases - base) + h)
+                surplus = tl.sum(beta * s + weighted_growth(alpha, beta, h) * part, 0) / whole
+                first = tl.sum(beta * (r + h * (part + s)), 0) / whole
+                shift = log1p(surplus)
+                tl.store(term + rows, first / (1.0 + surplus) * LN2 - shift)
+                tl.store(stat + 4, c + shift * _LOG2E)
         if KP != 0:
             maxima = maxima_ptr + row.to(tl.int64) * blocks
             block = largest_blocks(maxima, blocks, BLOCKS, KP)
@@ -262,17 +260,17 @@ def _merge(
 @triton.jit
 def _gradient(
     z_ptr, t_ptr, bias_ptr, t_bias_ptr, labels_ptr, valid_ptr, factor_ptr, stats_ptr, out_ptr, scale_ptr,
-    vocab, tiles,
+    vocab,
     z_inner, z_outer_stride, z_inner_stride, z_stride,
     t_inner, t_outer_stride, t_inner_stride, t_stride,
     out_inner, out_outer_stride, out_inner_stride, out_stride,
-    scale, t_scale, cap, t_cap, inv_t, strength, out_scale,
+    scale, t_scale, cap, t_cap, k, strength, out_scale,
     TEACHER: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """out = out_scale · (softmax(z) − onehot(label) + strength · (softmax(z/T) − softmax(z_P/T))) · dz/d(scale·(a + b))."""
-    pid = tl.program_id(0)
-    row = pid // tiles
-    columns = (pid % tiles) * TILE + tl.arange(0, TILE)
+    row = tl.program_id(0)
+    start = tl.program_id(1) * TILE
+    columns = start + tl.arange(0, TILE)
     mask = columns < vocab
     out_at = out_ptr + _row_offset(row, out_inner, out_outer_stride, out_inner_stride)
     out_at += columns.to(tl.int64) * out_stride
@@ -281,27 +279,27 @@ def _gradient(
         z_at = z_ptr + _row_offset(row, z_inner, z_outer_stride, z_inner_stride) + columns.to(tl.int64) * z_stride
         z, th, v = _logits(z_at, bias_ptr, columns, mask, scale, cap, CAP)
         stat = stats_ptr + row.to(tl.int64) * _STATS
-        y = (z - tl.load(stat)) * inv_t
-        e = tl.exp(y)
+        y = z * k - tl.load(stat)
+        e = power2(y)
         if TEACHER != 0:
             t_at = t_ptr + _row_offset(row, t_inner, t_outer_stride, t_inner_stride) + columns.to(tl.int64) * t_stride
             t = _teacher(
-                t_at, t_bias_ptr, columns, mask, t_scale, t_cap, factor_ptr, inv_t, th, v, cap,
-                TEACHER, CAP, TEACHER_CAP,
-            )  # fmt: skip
-            u = _apart(t, z * inv_t, tl.load(stat + 3), TEACHER) - tl.load(stat + 4)
-            p = e * tl.load(stat + 2)
-            # p_S − p_P = −p_S (eᵘ − 1), never from two rounded probabilities
-            g = -strength * weighted_expm1(p, tl.exp(y + u) * tl.load(stat + 2), u)
+                t_at, t_bias_ptr, columns, mask, t_scale, t_cap, factor_ptr, th, v, cap, TEACHER, CAP, TEACHER_CAP
+            )
+            u = _apart(z, t, k, tl.load(stat + 4), TEACHER)
+            # p_S − p_P = −p_S (e^u − 1), never from two rounded probabilities
+            g = weighted_growth(e, power2(y + u), u) * (-strength * tl.load(stat + 2))
         if T != 0:
             e1 = e
             if T == 2:
                 e1 = e * e
             if T == 3:
-                e1 = tl.exp(z - tl.load(stat))
-            g += e1 * tl.load(stat + 1)
+                e1 = power2(z * _LOG2E - tl.load(stat + 1))
+            g += e1 * tl.load(stat + 3)
         if labels_ptr is not None:
-            g -= tl.where(columns == tl.load(labels_ptr + row), 1.0, 0.0)
+            label = tl.load(labels_ptr + row) - start
+            if label >= 0 and label < TILE:  # of one tile of many
+                g -= tl.where(tl.arange(0, TILE) == label.to(tl.int32), 1.0, 0.0)
         if CAP:
             g *= (1.0 - th) * (1.0 + th)
         g *= out_scale
@@ -380,7 +378,7 @@ def forward(
     numbers = _numbers(student, teacher, temperature)
     t = None if teacher is None else teacher.logits
     with _on(z):
-        _tile_states[(n * cut.tiles,)](
+        _tile_states[(n, cut.tiles)](
             z, t and t.values, student.bias, t and t.bias, labels, _bytes(valid), teacher and teacher.factor,
             states, maxima, n, vocab, cut.tiles, cut.blocks, *_strides(z), *_strides(t and t.values), *numbers,
             **flags, TOP=top_k is not None, TILE=cut.tile, BLOCK=cut.block, num_warps=tiles.tile_warps(cut),
@@ -390,7 +388,7 @@ def forward(
             z, student.bias, labels, _bytes(valid), states, maxima, terms, stats, top_gradient, top_index,
             n, vocab, cut.tiles, cut.blocks, *_strides(z), student.scale, numbers[2], numbers[4], top_k or 0,
             TEACHER=flags["TEACHER"], CAP=flags["CAP"], T=flags["T"], TILES=tiles.power_of_two(cut.tiles),
-            BLOCK=cut.block, BLOCKS=max(tiles.power_of_two(cut.blocks), kp), KP=kp,
+            BLOCK=cut.block, BLOCKS=max(tiles.power_of_two(cut.blocks), kp) if kp else 1, KP=kp,
             num_warps=tiles.merge_warps(cut, top_k),
         )  # fmt: skip
     return Found(terms, stats, top_gradient, top_index)
@@ -423,9 +421,9 @@ def gradient(
     flags = _flags(student, teacher, labels, temperature)
     t = None if teacher is None else teacher.logits
     with _on(z):
-        _gradient[(n * cut.tiles,)](
+        _gradient[(n, cut.tiles)](
             z, t and t.values, student.bias, t and t.bias, labels, _bytes(valid), teacher and teacher.factor,
-            found.stats, out, scale, vocab, cut.tiles, *_strides(z), *_strides(t and t.values), *_strides(out),
+            found.stats, out, scale, vocab, *_strides(z), *_strides(t and t.values), *_strides(out),
             *_numbers(student, teacher, temperature), strength, out_scale,
             **flags, TILE=cut.tile, num_warps=tiles.tile_warps(cut),
         )  # fmt: skip
@@ -448,18 +446,18 @@ def _flags(student: Logits, teacher: Teacher | None, labels: Tensor | None, temp
 
 
 def _numbers(student: Logits, teacher: Teacher | None, temperature: float) -> tuple[float, ...]:
-    """scale, t_scale, cap, t_cap, 1/T."""
+    """scale, t_scale, cap, t_cap, k = 1/(T log 2)."""
     t = student if teacher is None else teacher.logits
-    inverse = 1.0 if teacher is None else 1.0 / temperature
-    return float(student.scale), float(t.scale), float(student.cap or 1), float(t.cap or 1), inverse
+    k = LOG2E if teacher is None else LOG2E / temperature
+    return float(student.scale), float(t.scale), float(student.cap or 1), float(t.cap or 1), k
 
 
 def _strides(values: Tensor | None) -> tuple[int, int, int, int]:
     """Rows of an inner dimension; strides of the outer one, the inner one and the columns."""
     if values is None:
         return 1, 0, 0, 1
-    if values.dim() == 2:
-        return max(len(values), 1), 0, values.stride(0), values.stride(1)
+    if values.dim() == 2:  # an inner dimension of 1 takes no division
+        return 1, values.stride(0), 0, values.stride(1)
     return values.shape[1], *values.stride()
 
 

@@ -15,7 +15,7 @@ MULTIPROCESSORS = 132  # of an H100 or H200; an A100 has 108, a B200 148
 # 24 KB in flight for a program; two to three programs of 8 warps on a multiprocessor cover the product of bandwidth and
 # latency (about 40 KB each on an H200), and 16 rows of 32,000 are 128 programs: the chip is full.
 _TILE = 4096
-_PER_THREAD = 16  # logits: under 128 registers without a spill
+_PER_THREAD = 32
 
 # The columns whose maximum stands for them in the search for the top K: of V = 131,072 and K = 20 the search sorts 2048
 # maxima, then 32 · 64 logits. The two are equal at V = K · 64², and above 2¹⁸ the first would lead by far.

@@ -46,5 +46,5 @@ def largest_blocks(maxima_ptr, blocks, BLOCKS: tl.constexpr, KP: tl.constexpr):
     block = tl.arange(0, BLOCKS)
     mask = block < blocks
     value = tl.load(maxima_ptr + block, mask=mask, other=float("-inf"))
-    key = tl.topk(pack(value, block, mask), KP)
+    key = tl.topk(pack(comparable(value), block, mask), KP)
     return tl.where(key == -0x7FFFFFFFFFFFFFFF, blocks, unpack_index(key))
