@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -49,3 +50,10 @@ def check_normalizer(normalizer: Any) -> None:
             raise TypeError(f"normalizer: expected a number or a tensor of one, found {describe(normalizer)}")
         if not (math.isfinite(normalizer) and normalizer > 0):
             raise ValueError(f"normalizer: expected a finite number above 0, found {normalizer!r}")
+
+
+def as_scalar(value: Tensor | float, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor [] on the device; a number is written there by the device itself, which waits for nothing."""
+    if isinstance(value, Tensor):
+        return value.to(device).reshape(())
+    return torch.full((), value, dtype=dtype or torch.float64, device=device)

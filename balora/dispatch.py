@@ -7,44 +7,69 @@ import importlib.util
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 import torch
 
-# The implementations of each operation, the one that "auto" takes first.
+# The implementations of each operation, in the order in which "auto" takes them.
 OPERATIONS = {
-    "linear_objective": ("streaming", "reference", "triton"),
-    "consistency_loss": ("streaming", "reference", "triton"),
-    "diversity_loss": ("streaming", "reference", "triton"),
+    "linear_objective": ("triton", "streaming", "reference"),
+    "consistency_loss": ("triton", "streaming", "reference"),
+    "diversity_loss": ("triton", "streaming", "reference"),
     "svd_loss": ("streaming", "reference"),
     "covariance_loss": ("streaming", "reference"),
     "randomized_svd": ("torch", "reference", "cuda"),
 }
 _VARIABLE = "BALORA_IMPL"
+_ON_GPU = ("triton", "cuda")
+_CAPABILITY = (8, 0)
+_NONE: Mapping[str, str | None] = {}
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets")
 
 
-def why_not(impl: str) -> list[str]:
-    """Every reason why ``impl`` cannot run here; empty if it can."""
+def why_not(impl: str, device: torch.device | None = None) -> list[str]:
+    """Every reason why ``impl`` cannot run here, with tensors on that device; empty if it can."""
     reasons = []
     if impl == "triton":
-        reasons.append("this version of balora has no Triton kernel for it")
         if importlib.util.find_spec("triton") is None:
             reasons.append("triton is not installed (pip install triton)")
+        if importlib.util.find_spec("balora_kernels") is None:
+            reasons.append("balora_kernels is not importable (it comes with an installed balora; its source is kernels/)")
+        if _interprets():
+            return reasons  # on any device
     if impl == "cuda":
         reasons.append("this version of balora has no CUDA extension")
-    if impl in ("triton", "cuda") and not torch.cuda.is_available():
-        reasons.append(
-            "torch sees no CUDA device" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
-        )
+    if impl in ("triton", "cuda"):
+        if not torch.cuda.is_available():
+            reasons.append(
+                "torch sees no CUDA device"
+                if torch.version.cuda
+                else f"torch {torch.__version__} is built without CUDA"
+            )
+        elif device is not None and device.type != "cuda":
+            reasons.append(f"the tensors are on {device}, not on a CUDA device")
+        elif torch.cuda.get_device_capability(device) < _CAPABILITY:
+            found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+            reasons.append(f"the device has compute capability {found}, 8.0 or higher is needed")
     return reasons
 
 
-def choose(operation: str, impl: str = "auto") -> str:
-    """The implementation of ``operation`` that runs for ``impl``.
+def _interprets() -> bool:
+    """Whether Triton's kernels run in its interpreter: on any device, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def choose(
+    operation: str, impl: str = "auto", device: torch.device | None = None, limits: Mapping[str, str | None] = _NONE
+) -> str:
+    """The implementation of ``operation`` that runs for ``impl`` with tensors on ``device``.
 
     ``"auto"`` means what BALORA_IMPL names, where that is set and the operation has it, else the first of
-    ``OPERATIONS``. A name never falls back.
+    ``OPERATIONS`` that can run (Triton on a CUDA device only, not in its interpreter). A name never falls back.
+
+    Args:
+        limits: of an implementation, what it cannot do of that which is asked for.
 
     Raises:
         ValueError: the name is unknown, or that implementation cannot run here; the message has every reason.
@@ -52,18 +77,31 @@ def choose(operation: str, impl: str = "auto") -> str:
     known = OPERATIONS[operation]
     asked, name = "impl", impl
     if name == "auto":
-        asked, name = f"the environment variable {_VARIABLE}", os.environ.get(_VARIABLE) or known[0]
+        first = _first(known, device, limits)
+        asked, name = f"the environment variable {_VARIABLE}", os.environ.get(_VARIABLE) or first
         everything = sorted({i for implementations in OPERATIONS.values() for i in implementations})
         if name not in everything:
             raise ValueError(f"{asked}: expected {_either(everything)}, found {name!r}")
         if name not in known:
-            name = known[0]
+            name = first
     if name not in known:
         raise ValueError(f"impl: expected {_either(('auto', *known))} for {operation}, found {name!r}")
-    reasons = why_not(name)
+    reasons = why_not(name, device)
+    if limit := limits.get(name):
+        reasons.append(limit)
     if reasons:
         raise ValueError(f"{asked}: {name!r} cannot run here: {'; '.join(reasons)}")
     return name
+
+
+def _first(known: tuple[str, ...], device: torch.device | None, limits: Mapping[str, str | None]) -> str:
+    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    for name in known:
+        if name in _ON_GPU and (not on_gpu or _interprets()):
+            continue
+        if not limits.get(name) and (name not in _ON_GPU or not why_not(name, device)):
+            return name
+    raise AssertionError(f"no implementation among {known}")
 
 
 def info(file: TextIO | None = None) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dispatch, reference, spectral, streaming
-from .checks import check_normalizer, check_whole, describe
+from . import dispatch, fused, reference, spectral, streaming
+from .checks import as_scalar, check_normalizer, check_whole, describe
 from .config import BALoraConfig, rank_of
 from .head import LinearHead
 from .losses import consistency_loss, covariance_loss, diversity_loss, svd_loss
@@ -93,7 +94,8 @@ def linear_objective(
         normalizer: what the sums over tokens are divided by, instead of the number of valid tokens of this batch (the
             number over all micro-batches and ranks). Terms of the whole batch are weighted by n_valid / normalizer. A
             number must be above 0; of a tensor that is not checked, which would wait for the device.
-        impl: "auto", "streaming" or "reference" (everything materialized, autograd: for tests).
+        impl: "auto", "streaming", "triton" (CUDA devices, not for float64, ``diversity="full"`` or K above 128) or
+            "reference" (everything materialized, autograd: for tests). "auto" takes "triton" where that runs.
 
     Returns:
         BALoraOutput(loss, ce, consistency, diversity, svd, n_valid).
@@ -101,8 +103,8 @@ def linear_objective(
     Raises:
         ValueError, TypeError: an argument has the wrong shape, type, device or range; the message names it.
     """
-    impl = dispatch.choose("linear_objective", impl)
     _check(hidden, teacher_hidden, head, labels, config, teacher_head, normalizer)
+    impl = dispatch.choose("linear_objective", impl, hidden.device, {"triton": _no_kernel(hidden, head, config)})
     own_head = None if teacher_head is None or teacher_head is head else teacher_head
     hidden_rows = hidden.reshape(-1, hidden.shape[-1])  # [M, d]
     label_rows = labels.reshape(-1)
@@ -110,14 +112,22 @@ def linear_objective(
     if config.lambda_consistency != 0 and teacher_hidden is not None:
         teacher_rows = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
     regression = labels.is_floating_point()
-    kept = None if regression else (label_rows != IGNORE_INDEX).nonzero().squeeze(-1)  # [N]
-    n = len(label_rows) if kept is None else len(kept)
-    if kept is not None:
+    # The rows that do not count are left out before the products: that waits for the device once. Where a CUDA graph is
+    # captured nothing can wait; they are computed then, and masked.
+    masked = impl == "triton" and not regression and hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+    kept = None if regression or masked else (label_rows != IGNORE_INDEX).nonzero().squeeze(-1)  # [N]
+    n: int | Tensor = len(label_rows) if kept is None else len(kept)
+    if not regression:
         label_rows = label_rows.long()
+    if masked:
+        n = (label_rows != IGNORE_INDEX).sum()
+    if kept is not None:
         _check_label_range(label_rows if n == len(label_rows) else label_rows[kept], head.weight.shape[0])
         if n == len(label_rows):
             kept = None
-    norm = torch.as_tensor(max(n, 1) if normalizer is None else normalizer, device=hidden.device).reshape(())
+    if normalizer is None:
+        normalizer = n.clamp_min(1) if isinstance(n, Tensor) else max(n, 1)
+    norm = as_scalar(normalizer, hidden.device)
 
     grad_enabled = torch.is_grad_enabled()  # within a Function it never is
     # Autocast would round the logits to half precision; the objective is float32 arithmetic whatever surrounds it.
@@ -130,8 +140,19 @@ def linear_objective(
                 teacher_rows = None if teacher_rows is None else teacher_rows[kept]
             sums = _reference_sums(hidden_rows, teacher_rows, head, own_head, label_rows, config)
         else:
+            evaluate = partial(fused.objective, masked=masked) if impl == "triton" else streaming.objective
             loss, *terms = _Objective.apply(
-                hidden_rows, *head.tensors, teacher_rows, head, own_head, label_rows, kept, config, norm, grad_enabled
+                hidden_rows,
+                *head.tensors,
+                teacher_rows,
+                head,
+                own_head,
+                label_rows,
+                kept,
+                config,
+                norm,
+                grad_enabled,
+                evaluate,
             )
         if regression or impl == "reference":
             ce, consistency, diversity, svd = terms = [t / norm.to(t.dtype) for t in sums]
@@ -144,8 +165,20 @@ def linear_objective(
         consistency if config.lambda_consistency != 0 else None,
         diversity if config.lambda_diversity != 0 and not regression else None,
         svd if config.lambda_svd != 0 and not regression else None,
-        torch.tensor(n, device=hidden.device),
+        as_scalar(n, hidden.device, torch.int64),
     )
+
+
+def _no_kernel(hidden: Tensor, head: LinearHead, config: BALoraConfig) -> str | None:
+    """What the kernels cannot do of this."""
+    if torch.float64 in (hidden.dtype, head.weight.dtype):
+        return "its arithmetic is float32, hidden is float64"
+    if config.lambda_diversity != 0 and config.diversity == "full":
+        return "config.diversity is 'full', it has the entropy of the top K alone"
+    top_k = min(config.entropy_top_k, head.weight.shape[0])
+    if config.lambda_diversity != 0 and config.diversity == "topk" and top_k > fused.TOP_K_MAX:
+        return f"config.entropy_top_k is {config.entropy_top_k}, it has {fused.TOP_K_MAX} at most"
+    return None
 
 
 def _reference_sums(
@@ -202,10 +235,11 @@ class _Objective(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, lora_a, lora_b, teacher_hidden, head, own_head, labels, kept, config, norm, grad
-    ):
+        ctx, hidden, weight, bias, lora_a, lora_b, teacher_hidden, head, own_head, labels, kept, config, norm, grad,
+        evaluate,
+    ):  # fmt: skip
         need = tuple(asked and grad for asked in ctx.needs_input_grad[:5])
-        terms, gradients = streaming.objective(hidden, teacher_hidden, head, own_head, labels, kept, config, need, norm)
+        terms, gradients = evaluate(hidden, teacher_hidden, head, own_head, labels, kept, config, need, norm)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, lora_a, lora_b)]
         ce, consistency, diversity, svd = (t / norm.to(t.dtype) for t in terms)
@@ -218,7 +252,7 @@ class _Objective(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
         scaled = [_scaled(g, grad_loss, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return *scaled, *[None] * 8
+        return *scaled, *[None] * 9
 
 
 def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:

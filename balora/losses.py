@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import batch, dispatch, reference, streaming
-from .checks import check_normalizer, check_positive, check_rank, check_whole, describe
+from . import batch, dispatch, fused, reference, streaming
+from .checks import as_scalar, check_normalizer, check_positive, check_rank, check_whole, describe
 from .config import rank_of
 
 
@@ -22,7 +22,7 @@ def consistency_loss(
 ) -> Tensor:
     """T² · mean_n KL( softmax(Z_P,n / T) ‖ softmax(Z_n / T) ), teacher first (2025 paper, eq. 4 and 9).
 
-    No softmax is stored: forward and backward each read the logits once, in blocks of rows, in float32. The gradient,
+    No softmax is stored: forward and backward each read the logits once, in float32 arithmetic. The gradient,
     T (softmax(Z/T) − softmax(Z_P/T)) / n, goes to the student alone, in its type.
 
     Args:
@@ -31,7 +31,8 @@ def consistency_loss(
         temperature: T, above 0. 1 is the 2024 paper's (eq. 10).
         valid: a boolean mask of the leading shape; rows that are False are left out. None: all rows.
         normalizer: what the sum over rows is divided by, instead of their number.
-        impl: "auto", "streaming" or "reference".
+        impl: "auto", "streaming", "triton" (CUDA devices, not for float64; no copy of logits of other strides, no
+            wait for the device) or "reference". "auto" takes "triton" where that runs.
 
     Returns:
         [] in float32 (float64 for float64 logits). Without a valid row a 0 that is still connected.
@@ -39,33 +40,34 @@ def consistency_loss(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
-    impl = dispatch.choose("consistency_loss", impl)
-    student, kept, norm = _logit_rows("student_logits", student_logits, valid, normalizer)
+    _check_logits("student_logits", student_logits, valid)
     _check_same_logits("teacher_logits", teacher_logits, "student_logits", student_logits)
     check_positive("temperature", temperature)
-    teacher = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
+    impl = _choose("consistency_loss", impl, student_logits)
+    student, kept, norm = _rows(student_logits, valid, normalizer, impl)
+    teacher, _, _ = _rows(teacher_logits.detach(), None, 1.0, impl)
     with torch.autocast(student.device.type, enabled=False):
         if impl == "reference":
             return reference.consistency(_wide(student, kept), _wide(teacher, kept), temperature) / norm
-        return _Consistency.apply(student, teacher, temperature, kept, norm)
+        return _Consistency.apply(student, teacher, temperature, kept, norm, fused if impl == "triton" else streaming)
 
 
 class _Consistency(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, z_teacher, temperature, kept, norm):
-        ctx.save_for_backward(z, z_teacher, kept, norm)
-        ctx.temperature = temperature
-        total = streaming.consistency(z, z_teacher, temperature, kept)
+    def forward(ctx, z, z_teacher, temperature, kept, norm, backend):
+        total, saved = backend.consistency(z, z_teacher, temperature, kept)
+        ctx.save_for_backward(z, z_teacher, kept, norm, saved)
+        ctx.temperature, ctx.backend = temperature, backend
         return (total / norm).to(torch.promote_types(z.dtype, torch.float32))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
-        z, z_teacher, kept, norm = ctx.saved_tensors
-        out = torch.zeros_like(z) if kept is not None else torch.empty_like(z)
+        z, z_teacher, kept, norm, saved = ctx.saved_tensors
         scale = (grad_loss / norm).to(torch.promote_types(z.dtype, torch.float32))
-        streaming.consistency(z, z_teacher, ctx.temperature, kept, out, scale)
-        return out, *[None] * 4
+        out = torch.empty_like(z)
+        ctx.backend.consistency_gradient(z, z_teacher, ctx.temperature, kept, saved, out, scale)
+        return out, *[None] * 5
 
 
 def diversity_loss(
@@ -92,33 +94,37 @@ def diversity_loss(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
-    impl = dispatch.choose("diversity_loss", impl)
-    z, kept, norm = _logit_rows("logits", logits, valid, normalizer)
+    _check_logits("logits", logits, valid)
     check_whole("top_k", top_k)
+    impl = _choose("diversity_loss", impl, logits, min(top_k, logits.shape[-1]))
+    z, kept, norm = _rows(logits, valid, normalizer, impl)
     with torch.autocast(z.device.type, enabled=False):
         if impl == "reference":
             return reference.diversity(_wide(z, kept), top_k) / norm
-        return _Diversity.apply(z, top_k, kept, norm)
+        return _Diversity.apply(z, top_k, kept, norm, fused if impl == "triton" else streaming)
 
 
 class _Diversity(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, top_k, kept, norm):
-        total, gradient, where = streaming.diversity(z, top_k, kept)
-        ctx.save_for_backward(gradient, where, kept, norm)
+    def forward(ctx, z, top_k, kept, norm, backend):
+        total, gradient, where = backend.diversity(z, top_k, kept)
+        ctx.save_for_backward(gradient, where, kept if len(where) != z.numel() // z.shape[-1] else None, norm)
         ctx.like = z.shape, z.dtype
         return (total / norm).to(gradient.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
-        gradient, where, kept, norm = ctx.saved_tensors
+        gradient, where, kept, norm = ctx.saved_tensors  # kept: where gradient has rows for the valid ones alone
         shape, dtype = ctx.like
         out = torch.zeros(shape, dtype=dtype, device=gradient.device)
         scaled = (gradient * (grad_loss / norm).to(gradient.dtype)).to(dtype)
-        at = torch.arange(len(where), device=out.device) if kept is None else kept
-        out[at[:, None], where] = scaled
-        return out, None, None, None
+        rows = out.view(-1, shape[-1])
+        if kept is None:
+            rows.scatter_(1, where, scaled)
+        else:
+            rows[kept[:, None], where] = scaled
+        return out, *[None] * 4
 
 
 def svd_loss(
@@ -145,7 +151,8 @@ def svd_loss(
         ValueError, TypeError: an argument does not fit; the message names it.
     """
     impl = dispatch.choose("svd_loss", impl)
-    z, kept, _ = _logit_rows("logits", logits, valid, None)
+    _check_logits("logits", logits, valid)
+    z, kept, _ = _rows(logits, valid, None, impl)
     check_rank("rank", rank)
     if norm not in ("fro", "nuclear"):
         raise ValueError(f"norm: expected 'fro' or 'nuclear', found {norm!r}")
@@ -173,7 +180,8 @@ def covariance_loss(logits: Tensor) -> Tensor:
         ValueError, TypeError: the logits do not fit.
     """
     impl = dispatch.choose("covariance_loss")
-    z, _, _ = _logit_rows("logits", logits, None, None)
+    _check_logits("logits", logits, None)
+    z, _, _ = _rows(logits, None, None, impl)
     with torch.autocast(z.device.type, enabled=False):
         if impl == "reference":
             return reference.covariance(_wide(z, None))
@@ -213,32 +221,58 @@ class _Batch(torch.autograd.Function):
         return out, None, None
 
 
-def _logit_rows(name: str, logits: Any, valid: Any, normalizer: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Logits as rows [N, V], the indices of the valid ones (None for all), and what sums are divided by."""
+def _choose(operation: str, impl: str, logits: Tensor, top_k: int = 1) -> str:
+    limit = None
+    if logits.dtype == torch.float64:
+        limit = "its arithmetic is float32, the logits are float64"
+    elif top_k > fused.TOP_K_MAX:
+        limit = f"top_k is {top_k}, it has {fused.TOP_K_MAX} at most"
+    return dispatch.choose(operation, impl, logits.device, {"triton": limit})
+
+
+def _check_logits(name: str, logits: Any, valid: Any) -> None:
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor [N, V], found {describe(logits)}")
     if logits.dim() < 2 or logits.shape[-1] == 0:
         raise ValueError(
             f"{name}: expected the shape [N, V] or [B, S, V] with V of at least 1, found {describe(logits)}"
         )
-    rows = logits.reshape(-1, logits.shape[-1])
-    kept = None
     if valid is not None:
         if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
             raise TypeError(f"valid: expected a boolean tensor, found {describe(valid)}")
-        if valid.shape != logits.shape[:-1] and valid.shape != rows.shape[:1]:
+        if valid.shape != logits.shape[:-1] and valid.shape != (logits.shape[:-1].numel(),):
             raise ValueError(
                 f"valid: expected the leading shape of {name}, {list(logits.shape[:-1])}, found {describe(valid)}"
             )
         if valid.device != logits.device:
             raise ValueError(f"valid: expected the device of {name}, {logits.device}, found {valid.device}")
-        kept = valid.reshape(-1).nonzero().squeeze(-1)
-        if len(kept) == len(rows):
-            kept = None
+
+
+def _rows(
+    logits: Tensor, valid: Tensor | None, normalizer: Tensor | float | None, impl: str
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Logits as rows, which of them count (None for all), and what their sum is divided by.
+
+    [N, V] and the indices of the valid rows; for "triton" the logits as they lie, and the mask [N]: nothing is copied,
+    and nothing waits for the device.
+    """
     check_normalizer(normalizer)
-    n = len(rows) if kept is None else len(kept)
-    norm = torch.as_tensor(max(n, 1) if normalizer is None else normalizer, device=logits.device)
-    return rows, kept, norm.reshape(()).to(torch.promote_types(logits.dtype, torch.float32))
+    kept = None if valid is None else valid.reshape(-1)
+    count: Tensor | int = logits.shape[:-1].numel()
+    if impl == "triton":
+        rows = logits if logits.dim() <= 3 else logits.reshape(-1, logits.shape[-1])
+        if kept is not None:
+            count = kept.sum().clamp_min(1)
+    else:
+        rows = logits.reshape(-1, logits.shape[-1])
+        if kept is not None:
+            indices = kept.nonzero().squeeze(-1)
+            kept = None if len(indices) == count else indices
+            count = len(indices)
+    if normalizer is None:
+        normalizer = count if isinstance(count, Tensor) else max(count, 1)
+    norm = as_scalar(normalizer, logits.device)
+    return rows, kept, norm.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _wide(z: Tensor, kept: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ the logits are a linear map of the hidden states (``spectral``), else those of `
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -57,6 +57,7 @@ def objective(
     config: BALoraConfig,
     need: tuple[bool, bool, bool, bool, bool],
     norm: Tensor | None = None,
+    run: Callable[..., Run] | None = None,
 ) -> tuple[Terms, Gradients]:
     """The terms of the objective over the valid rows, and the gradients of their weighted sum over ``norm``.
 
@@ -68,16 +69,17 @@ def objective(
         labels: [M], those of the valid rows in [0, V).
         kept: the valid rows [N], ascending; None for all.
         need: which gradients are asked for: hidden, weight, bias, A, B.
+        run: how it is evaluated; ``fused`` has another one.
     """
     dtype = torch.float64 if torch.float64 in (hidden.dtype, head.weight.dtype) else torch.float32
-    batch_run = _Run(hidden, teacher_hidden, head, teacher_head, labels, kept, config, need, norm, dtype)
+    batch_run = (run or Run)(hidden, teacher_hidden, head, teacher_head, labels, kept, config, need, norm, dtype)
     if batch_run.n == 0:
         zero = hidden.new_zeros((), dtype=dtype)
         return Terms(zero, zero, zero, zero), batch_run.gradients()
     svd = batch_run.linear_svd()
     ce, kl, entropy = batch_run.token_terms()
     whole = batch_run.batch_terms()
-    n = batch_run.n
+    n = batch_run.valid_rows
     consistency = whole.consistency * n if config.consistency == "normalized_mse" else config.temperature**2 * kl
     diversity = whole.covariance * n if config.diversity == "covariance" else entropy
     svd = (whole.svd if svd is None else svd) * n
@@ -85,7 +87,7 @@ def objective(
     return terms, batch_run.gradients()
 
 
-class _Run:
+class Run:
     """One evaluation of the objective: its inputs, how they are multiplied, and the gradients as they grow."""
 
     def __init__(self, hidden, teacher_hidden, head, teacher_head, labels, kept, config, need, norm, dtype) -> None:
@@ -97,6 +99,7 @@ class _Run:
         self.own_head = None if teacher_head is None or self.teacher_hidden is None else teacher_head
         self.teacher_linear = None if self.own_head is None else Linear(self.own_head, dtype)
         self.n = len(hidden) if kept is None else len(kept)
+        self.valid_rows: int | Tensor = self.n
         self.vocab, self.d = head.weight.shape
         self.need_grad = any(need)
         self.trained_head = any(need[1:])
@@ -131,15 +134,19 @@ class _Run:
         x = h if columns is None else torch.cat([h, columns], 1)
         return x if self.linear.scale == 1 else x * self.linear.scale
 
+    def gram(self) -> Tensor:
+        """XᵀX times scale², [d + e, d + e]."""
+        step = spectral.rows_at_a_time(self.hidden)
+        return spectral.gram(
+            self.x(self.pick(self.hidden, i, min(i + step, self.n)).to(self.dtype)) for i in range(0, self.n, step)
+        )
+
     def linear_svd(self) -> Tensor | None:
         """The SVD term from [d, d] matrices; its gradient is kept as K, or added to those of a trained head."""
         config = self.config
         if config.lambda_svd == 0 or self.whole_svd:
             return None
-        step = spectral.rows_at_a_time(self.hidden)
-        s = spectral.gram(
-            self.x(self.pick(self.hidden, i, min(i + step, self.n)).to(self.dtype)) for i in range(0, self.n, step)
-        )
+        s = self.gram()
         count = min(self.n, self.vocab)
         term = spectral.svd_term(
             s,
@@ -151,7 +158,7 @@ class _Run:
             iterate=self.dtype,
             need_weight_grad=self.trained_head,
         )
-        weight = config.lambda_svd * self.n
+        weight = config.lambda_svd * self.valid_rows
         if self.grad_hidden is not None or self.grad_a is not None:
             self.k = spectral.gradient_matrix(term, self.head.gram) * weight
             if self.hidden.dtype in (torch.bfloat16, torch.float16):  # whose own rounding is larger by far
@@ -359,19 +366,27 @@ def _capped(linear: Linear, cap: float | None, h: Tensor, x: Tensor | None, at: 
     return z if cap is None else z.div_(cap).tanh_().mul_(cap)
 
 
-def consistency(
-    z: Tensor,
-    z_teacher: Tensor,
-    temperature: float,
-    kept: Tensor | None,
-    out: Tensor | None = None,
-    scale: float | Tensor = 1.0,
-) -> Tensor:
-    """T² · Σ_n KL(softmax(Z_P,n/T) ‖ softmax(Z_n/T)) of given logits; scale times its gradient by Z goes to ``out``.
+def consistency(z: Tensor, z_teacher: Tensor, temperature: float, kept: Tensor | None) -> tuple[Tensor, None]:
+    """T² · Σ_n KL(softmax(Z_P,n/T) ‖ softmax(Z_n/T)) of given logits, and what its gradient needs: nothing more.
 
     Blocks of rows are widened to float32, nothing of size [N, V] is held. kept are the rows that count, None for all.
     z, z_teacher [M, V] -> [].
     """
+    return _consistency(z, z_teacher, temperature, kept, None, 1.0), None
+
+
+def consistency_gradient(
+    z: Tensor, z_teacher: Tensor, temperature: float, kept: Tensor | None, _: None, out: Tensor, scale: Tensor
+) -> None:
+    """out [M, V] = scale times the gradient of ``consistency`` by Z, 0 where a row does not count."""
+    if kept is not None:
+        out.zero_()
+    _consistency(z, z_teacher, temperature, kept, out, scale)
+
+
+def _consistency(
+    z: Tensor, z_teacher: Tensor, temperature: float, kept: Tensor | None, out: Tensor | None, scale: float | Tensor
+) -> Tensor:
     total = z.new_zeros((), dtype=_sum_dtype(z))
     wide = torch.promote_types(z.dtype, torch.float32)
     buffers: Tensor | None = None

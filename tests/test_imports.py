@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "spectral": {"torch"},
     "batch": {"torch", "balora.spectral"},
     "head": {"torch", "balora.checks", "balora.spectral"},
+    "fused": {"torch", "balora_kernels", "balora.head", "balora.spectral", "balora.streaming"},
     "streaming": {"torch", "balora.batch", "balora.config", "balora.head", "balora.rows", "balora.spectral"},
     "losses": {
         "torch",
@@ -34,6 +35,7 @@ MAY_IMPORT = {
         "balora.checks",
         "balora.config",
         "balora.dispatch",
+        "balora.fused",
         "balora.reference",
         "balora.streaming",
     },
@@ -42,6 +44,7 @@ MAY_IMPORT = {
         "balora.checks",
         "balora.config",
         "balora.dispatch",
+        "balora.fused",
         "balora.head",
         "balora.losses",
         "balora.reference",
@@ -80,7 +83,8 @@ def test_every_module_imports_only_what_it_may():
 
 def test_the_kernels_know_nothing_of_balora():
     for path in (ROOT / "kernels").rglob("*.py"):
-        assert set(imports(path)) - sys.stdlib_module_names <= {"torch", "triton", "balora_kernels"}, path
+        own = {f"balora.{other.stem}" for other in path.parent.glob("*.py")}  # relative imports
+        assert set(imports(path)) - sys.stdlib_module_names - own <= {"torch", "triton", "balora_kernels"}, path
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 

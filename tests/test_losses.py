@@ -34,8 +34,8 @@ def evaluate(loss, z, teacher, **kwargs):
     return value, z.grad
 
 
-def check(loss, z, teacher, dtype, **kwargs):
-    found, grad = evaluate(loss, z, teacher, impl="streaming", **kwargs)
+def check(loss, z, teacher, dtype, by="streaming", **kwargs):
+    found, grad = evaluate(loss, z, teacher, impl=by, **kwargs)
     plain, plain_grad = evaluate(loss, z, teacher, impl="reference", **kwargs)
     exact, exact_grad = evaluate(loss, z.double(), teacher.double(), impl="reference", **kwargs)
     assert found.dtype == torch.promote_types(dtype, torch.float32)
@@ -141,9 +141,11 @@ def test_batches_strides_normalizers_and_scales(name):
         assert halves.item() == pytest.approx(value.item() / 2, rel=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["streaming", "reference"])
+@pytest.mark.parametrize("impl", ["streaming", "reference", "triton"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_valid_row_gives_a_connected_zero(name, impl):
+    if impl == "triton" and "svd" in name:
+        pytest.skip("no such kernel")
     z, teacher = logits(5, 7, torch.float32)
     value, grad = evaluate(LOSSES[name], z, teacher, valid=torch.zeros(5, dtype=torch.bool), impl=impl)
     assert value.item() == 0
@@ -159,10 +161,10 @@ def test_nan_in_nan_out(name):
     assert grad.isnan().any()
 
 
-@pytest.mark.parametrize("impl", ["streaming", "reference"])
+@pytest.mark.parametrize("impl", ["streaming", "reference", "triton"])
 def test_masked_columns(impl):
     """−inf in both, in the teacher alone, and in the student alone."""
-    z, teacher = logits(6, 30)
+    z, teacher = logits(6, 30, torch.float32 if impl == "triton" else torch.float64)
     both = [3, 7, 29]
     z[:, both] = teacher[:, both] = -torch.inf
     teacher[:, [1, 2]] = -torch.inf
@@ -170,14 +172,14 @@ def test_masked_columns(impl):
     kept = [c for c in range(30) if c not in both]
     log_p, log_q = (teacher[:, kept] / 2).log_softmax(-1), (z[:, kept] / 2).log_softmax(-1)
     by_hand = 4 * torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum() / 6
-    assert value.item() == pytest.approx(by_hand.item(), rel=1e-10)
+    assert value.item() == pytest.approx(by_hand.item(), rel=1e-6 if impl == "triton" else 1e-10)
     torch.testing.assert_close(grad[:, kept], 2 * (log_q.exp() - log_p.exp()) / 6)
     assert not grad[:, both].any()
     teacher[:, 3] = 1.0
     assert not F.consistency_loss(z, teacher, impl=impl).isfinite()
 
 
-@pytest.mark.parametrize("impl", ["streaming", "reference"])
+@pytest.mark.parametrize("impl", ["streaming", "reference", "triton"])
 def test_awkward_logits(impl):
     equal = torch.zeros(3, 50)
     value, grad = evaluate(lambda z, _: F.diversity_loss(z, 7, impl=impl), equal, None)
@@ -192,9 +194,10 @@ def test_awkward_logits(impl):
     value, grad = evaluate(lambda z, t: F.consistency_loss(z, t, 1.0, impl=impl), one_hot, one_hot.flip(0))
     assert value.item() == pytest.approx(200.0)
     assert grad.flatten().tolist() == pytest.approx([0.5, -0.5, -0.5, 0.5])
-    zero, grad = evaluate(lambda z, _: F.svd_loss(z, 2, impl=impl), torch.zeros(4, 3), None)
-    assert zero.item() == 0
-    assert not grad.any()
+    if impl != "triton":
+        zero, grad = evaluate(lambda z, _: F.svd_loss(z, 2, impl=impl), torch.zeros(4, 3), None)
+        assert zero.item() == 0
+        assert not grad.any()
     single = F.consistency_loss(torch.randn(4, 1), torch.randn(4, 1), impl=impl)
     assert single.item() == 0
 

@@ -126,13 +126,13 @@ def _tile_states(
         mask = columns < vocab
         z_at = z_ptr + _row_offset(row, z_inner, z_outer_stride, z_inner_stride) + columns.to(tl.int64) * z_stride
         z, th, v = _logits(z_at, bias_ptr, columns, mask, scale, cap, CAP)
-        state = states_ptr + row.to(tl.int64) * tiles + tile
-        field = rows.to(tl.int64) * tiles
         best = maximum(z, 1)
         if TOP:
             block = tile * (TILE // BLOCK) + tl.arange(0, TILE // BLOCK)
             tl.store(maxima_ptr + row.to(tl.int64) * blocks + block, best, mask=block < blocks)
         if T != 0 or TEACHER != 0:
+            state = states_ptr + row.to(tl.int64) * tiles + tile
+            field = rows.to(tl.int64) * tiles
             top = maximum(best, 0)
             masked = top == float("-inf")  # as a whole: L = 0
             base = tl.where(masked, 0.0, top * k)
@@ -157,7 +157,8 @@ def _tile_states(
             offset = tl.where(t_base == float("-inf"), _NOWHERE, t_base - base)
             offset = tl.where(masked, 0.0, offset)
             a = _apart(z, t, k, offset, TEACHER)
-            mean = total(e * a) / part
+            # an entry that the teacher alone masks must not move the mean far
+            mean = total(e * (a if TEACHER == _DIFFERENCE else tl.maximum(a, -_REACH))) / part
             mean = tl.where((tl.abs(mean) > _REACH) | masked, 0.0, mean)  # a NaN stays
             a -= mean
             grown = power2((z * k - base) + a)
@@ -199,7 +200,6 @@ def _merge(
             whole = tl.sum(alpha * part, 0)
             stat = stats_ptr + row.to(tl.int64) * _STATS
             tl.store(stat, base)
-            tl.store(stat + 2, 1.0 / whole)
             if T != 0:
                 base1, whole1 = base, whole
                 if T == 2:
@@ -230,8 +230,11 @@ def _merge(
                 surplus = tl.sum(beta * s + weighted_growth(alpha, beta, h) * part, 0) / whole
                 first = tl.sum(beta * (r + h * (part + s)), 0) / whole
                 shift = log1p(surplus)
-                tl.store(term + rows, first / (1.0 + surplus) * LN2 - shift)
+                # E_P[a] − shift: two numbers that grow with the distance
+                mean = first.to(tl.float64) / (1.0 + surplus.to(tl.float64)) * LN2
+                tl.store(term + rows, (mean - log1p(surplus.to(tl.float64))).to(tl.float32))
                 tl.store(stat + 4, c + shift * _LOG2E)
+                tl.store(stat + 2, 1.0 / whole + (shift - shift))  # a NaN of the teacher reaches the gradient
         if KP != 0:
             maxima = maxima_ptr + row.to(tl.int64) * blocks
             block = largest_blocks(maxima, blocks, BLOCKS, KP)
@@ -359,7 +362,7 @@ def forward(
 ) -> Found:
     """CE (with labels), KL (with a teacher) and −H of the top K (with top_k) of every row; each logit is read once.
 
-    labels [N] int64, contiguous, a negative one is not valid; valid [N] bool, contiguous; top_k from 1 to min(128, V).
+    labels [N] int64, contiguous, a negative one is not valid; valid [N] bool; top_k from 1 to min(128, V).
     """
     z = student.values
     n, vocab = z.numel() // z.shape[-1], z.shape[-1]
@@ -462,7 +465,7 @@ def _strides(values: Tensor | None) -> tuple[int, int, int, int]:
 
 
 def _bytes(valid: Tensor | None) -> Tensor | None:
-    return None if valid is None else valid.view(torch.uint8)
+    return None if valid is None else valid.contiguous().view(torch.uint8)
 
 
 def _on(tensor: Tensor):

@@ -22,7 +22,6 @@ _PER_THREAD = 32
 _BLOCK = 64
 _BLOCK_LARGE = 128
 _LARGE = 2**18
-TOP_K_MAX = 128
 
 
 def power_of_two(n: int) -> int:

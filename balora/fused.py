@@ -1,0 +1,312 @@
+"""The objective and the losses on logits with the Triton kernels of ``balora_kernels``: CUDA devices, or the interpreter.
+
+The twin of ``streaming``: the same terms and gradients, but a chunk is as large as a byte budget allows, its logits are
+products on tensor cores with float32 results, and three kernels turn it into terms and, in place of the difference
+logits, into the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from . import spectral, streaming
+from .head import Linear
+
+# Logits, difference logits, gradient of a chunk. 682 rows of V = 131,072: long enough for the products to be bound by
+# arithmetic (1364 operations for two bytes of W), and 12 chunks of 8192 rows.
+CHUNK_BYTES = 512 * 2**20
+TOP_K_MAX = 128  # of the kernels
+_WIDENED_BYTES = 32 * 2**20
+_LARGEST_HALF = 2.0**14  # a quarter of what float16 holds: room for the sum of the terms of a gradient
+
+
+def objective(*arguments, masked: bool = False) -> tuple[streaming.Terms, streaming.Gradients]:
+    """``streaming.objective`` with the kernels.
+
+    masked says that rows whose label is negative are among the given ones: they are left out, at the cost of the
+    others, but without asking the device how many they are.
+    """
+    return streaming.objective(*arguments, run=partial(_Run, masked=masked))
+
+
+class _Run(streaming.Run):
+    def __init__(self, *arguments, masked: bool) -> None:
+        super().__init__(*arguments)
+        # Products of half precision with float32 results; another mixture is widened, as ``Linear`` does it.
+        hidden, weight = self.hidden.dtype, self.head.weight.dtype
+        self.half = hidden if hidden == weight and hidden != torch.float32 else None
+        self.masked = masked
+        if masked:
+            self.valid_rows = (self.labels >= 0).sum()
+
+    def token_terms(self) -> tuple[Tensor, Tensor, Tensor]:
+        from balora_kernels import rows, tiles
+
+        config, vocab, head = self.config, self.vocab, self.head
+        row = tiles.row_stride(vocab)
+        difference = self.kl and self.own_head is None
+        narrow_difference = difference and self.half is not None and head.lora is None
+        # The gradient takes the place of the difference logits, or of the logits, where the type is the same.
+        apart = self.half is not None and self.need_grad and not narrow_difference
+        row_bytes = row * (4 + (0 if not self.kl else 2 if narrow_difference else 4) + 2 * apart)
+        chunk = tiles.chunk_rows(self.n, row_bytes, CHUNK_BYTES)
+        new = self.hidden.new_empty
+        z_buffer = new(chunk, row, dtype=torch.float32)
+        t_buffer = new(chunk, row, dtype=self.half if narrow_difference else torch.float32) if self.kl else None
+        g_buffer = new(chunk, row, dtype=self.half) if apart else t_buffer if narrow_difference else z_buffer
+        entropy = config.lambda_diversity != 0 and config.diversity == "topk"
+        # float16 holds 6e-8 at least: small probabilities are lifted, by a power of two that keeps the largest sum.
+        bound = 1 + config.lambda_consistency * config.temperature * self.kl + config.lambda_diversity * entropy
+        lift = 2.0 ** math.floor(math.log2(_LARGEST_HALF / bound)) if self.half == torch.float16 else 1.0
+
+        bias = None if head.bias is None else head.bias.detach().contiguous()
+        found = []
+        for start in range(0, self.n, chunk):
+            stop = min(start + chunk, self.n)
+            h = self.pick(self.hidden, start, stop)  # [c, d]
+            y = self.pick(self.labels, start, stop).contiguous()
+            z = z_buffer[: stop - start, :vocab]
+            self._multiply(self.linear, h, z)
+            student = rows.Logits(z, bias, head.scale, head.softcap)
+            teacher = None
+            if t_buffer is not None and self.teacher_hidden is not None:
+                t = self.pick(self.teacher_hidden, start, stop)
+                t_out = t_buffer[: stop - start, :vocab]
+                if self.own_head is not None and self.teacher_linear is not None:
+                    self._multiply(self.teacher_linear, t, t_out)
+                    other = self.own_head
+                    t_bias = None if other.bias is None else other.bias.detach().contiguous()
+                    teacher = rows.Teacher(rows.Logits(t_out, t_bias, other.scale, other.softcap), False)
+                else:
+                    # Subtracted before the product, so that its error is relative to the difference.
+                    teacher = self._difference(t.float() - h.float(), t_out, rows)
+            common = {"labels": y, "temperature": config.temperature if self.kl else 1.0}
+            seen = rows.forward(student, teacher, **common, top_k=min(config.entropy_top_k, vocab) if entropy else None)
+            found.append(seen.terms.sum(1, dtype=torch.float64))
+            if self.need_grad:
+                g = g_buffer[: stop - start, :vocab]
+                rows.gradient(
+                    student,
+                    teacher,
+                    seen,
+                    g,
+                    **common,
+                    strength=config.lambda_consistency * config.temperature,
+                    lambda_diversity=config.lambda_diversity,
+                    out_scale=lift,
+                )
+                self._gradients_of_chunk(g, lift, h, start, stop)
+        ce, kl, negative_entropy = torch.stack(found).sum(0)
+        return ce, kl, negative_entropy
+
+    def _multiply(self, linear: Linear, h: Tensor, out: Tensor) -> None:
+        """out = H Wᵀ + s·(H Aᵀ) Bᵀ, without bias and scale. h [c, d] -> out [c, V] float32."""
+        if self.half is not None and linear.weight.dtype == h.dtype:
+            product(h, linear.weight.T, out)
+        else:
+            wide = h.to(self.dtype)
+            for part, tile in linear.tiles():
+                torch.mm(wide, tile.T, out=out[:, part])
+        x = linear.columns(h.to(self.dtype), with_bias=False)
+        if x is not None and linear.extra is not None:
+            out.addmm_(x, linear.extra[:, : x.shape[1]].T)
+
+    def _difference(self, t: Tensor, out: Tensor, rows):
+        """The difference logits of t = H_P − H [c, d] float32, as the kernels take them."""
+        factor = None
+        if out.dtype == torch.float32:
+            self._multiply(self.linear, t, out)
+        else:
+            if out.dtype == torch.float16:
+                # Its small differences would lose their digits: the largest comes to between 1/2 and 1, by a power of 2
+                exponent = torch.frexp(t.abs().amax()).exponent
+                t = torch.ldexp(t, -exponent)
+                factor = torch.ldexp(torch.ones_like(t[:1, 0]), exponent)
+            torch.mm(t.to(out.dtype), self.linear.weight.T, out=out)
+        return rows.Teacher(rows.Logits(out, None, self.head.scale), True, factor)
+
+    def _gradients_of_chunk(self, g: Tensor, lift: float, h: Tensor, start: int, stop: int) -> None:
+        """From the gradient by H Wᵀ + …, times lift, [c, V], to those by hidden states, weight, bias, A and B."""
+        linear, down = self.linear, 1 / lift
+        wide = h.to(self.dtype)
+        if self.grad_weight is not None:
+            if self.half is None:
+                self.grad_weight.addmm_(g.T, wide, alpha=linear.scale * down)
+            else:
+                add_product(self.grad_weight, g.T, h, linear.scale * down)
+        x = linear.columns(wide)
+        if self.grad_extra is not None and x is not None:
+            if self.half is None:
+                self.grad_extra.addmm_(g.T, x, alpha=linear.scale * down)
+            else:
+                step = self._widened(g)
+                for tile, part in zip(g.split(step, 1), self.grad_extra.split(step), strict=True):
+                    part.addmm_(tile.to(self.dtype).T, x, alpha=linear.scale * down)
+        if self.grad_hidden is None and self.grad_a is None:
+            return
+        if self.half is None:
+            dx = linear.backward(g)
+        else:
+            dx = _times_weight(g, linear.weight)
+            if linear.a is not None and linear.extra is not None:
+                b = linear.extra[:, : len(linear.a)]
+                tiles = zip(g.split(self._widened(g), 1), b.split(self._widened(g)), strict=True)
+                dx = torch.cat([dx, sum(tile.to(self.dtype) @ part for tile, part in tiles)], 1)
+            if linear.scale != 1:
+                dx *= linear.scale
+        if lift != 1:
+            dx *= down
+        if self.k is not None:
+            self._add_svd(dx, h, start)
+        self._to_hidden(dx, wide, start, stop)
+
+    @staticmethod
+    def _widened(g: Tensor) -> int:
+        """How many columns of a chunk [c, V] are widened to float32 at a time: few products have that need."""
+        return max(1, _WIDENED_BYTES // (4 * len(g)))
+
+    def _on_tensor_cores(self) -> bool:
+        """Whether the products of X have half precision operands; beside H it has no columns then."""
+        return self.half is not None and self.hidden.is_cuda and self.linear.extra is None
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        """Hidden states, those of the rows that are left out as zeros."""
+        h = self.pick(self.hidden, start, stop)
+        return h * (self.labels[start:stop, None] >= 0) if self.masked else h
+
+    def gram(self) -> Tensor:
+        if not self._on_tensor_cores() and not self.masked:
+            return super().gram()
+        total = None
+        step = max(1, CHUNK_BYTES // (16 * self.hidden.shape[1]))
+        for start in range(0, self.n, step):
+            h = self._rows(start, min(start + step, self.n))
+            if self._on_tensor_cores():
+                found = h.new_empty(self.d, self.d, dtype=torch.float32)
+                product(h.T, h, found)
+                found *= self.linear.scale**2
+            else:
+                found = spectral.gram([self._x(h, start)])
+            total = found if total is None else total.add_(found)
+        assert total is not None
+        return total
+
+    def _x(self, h: Tensor, start: int) -> Tensor:
+        x = self.x(h.to(self.dtype))
+        return x * (self.labels[start : start + len(h), None] >= 0) if self.masked else x
+
+    def _add_svd(self, dx: Tensor, h: Tensor, start: int) -> None:
+        """dx += scale·X·K."""
+        assert self.k is not None
+        k, scale = self.k[:, : dx.shape[1]], self.linear.scale
+        if self._on_tensor_cores() and self.half == torch.bfloat16:
+            # K in two parts keeps 16 bits of it; of the hidden states nothing is lost.
+            h = self._rows(start, start + len(h))
+            coarse = k.bfloat16()
+            found = torch.empty_like(dx)
+            for part in (coarse, (k - coarse).bfloat16()):
+                product(h, part, found)
+                dx.add_(found, alpha=scale**2)
+        else:
+            dx += (self._x(h, start).to(k.dtype) @ k * scale).to(self.dtype)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b with half precision operands and a float32 result. a [m, k], b [k, n] -> out [m, n]."""
+    if a.is_cuda:
+        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+    else:  # no such product there
+        torch.mm(a.float(), b.float(), out=out)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    """total += alpha · a b with half precision operands. a [m, k], b [k, n], total [m, n] float32."""
+    if a.is_cuda and _adds_products(a.dtype):
+        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, beta=1, alpha=alpha, out=total)
+        return
+    step = max(1, 2**24 // b.shape[1])
+    for start in range(0, len(a), step):
+        part = a[start : start + step]
+        found = total.new_empty(len(part), b.shape[1])
+        product(part, b, found)
+        total[start : start + step].add_(found, alpha=alpha)
+
+
+@lru_cache(maxsize=None)
+def _adds_products(dtype: torch.dtype) -> bool:
+    """Whether this torch adds such a product to a float32 matrix; older ones want that in half precision too."""
+    a, total = torch.zeros(16, 16, dtype=dtype, device="cuda"), torch.zeros(16, 16, device="cuda")
+    try:
+        torch.ops.aten.addmm.dtype_out(total, a, a, torch.float32, beta=1, alpha=1, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _times_weight(g: Tensor, weight: Tensor) -> Tensor:
+    """G·W in slices of the vocabulary, side by side and then summed. g [c, V], weight [V, d] -> [c, d] float32."""
+    from balora_kernels import tiles
+
+    (c, vocab), d = g.shape, weight.shape[1]
+    slices = tiles.vocabulary_slices(c, d, vocab)
+    if slices == 1 or not g.is_cuda:
+        out = g.new_empty(c, d, dtype=torch.float32)
+        product(g, weight, out)
+        return out
+    parts = g.unflatten(1, (slices, -1)).transpose(0, 1)  # [slices, c, V / slices]
+    out = g.new_empty(slices, c, d, dtype=torch.float32)
+    torch.ops.aten.bmm.dtype_out(parts, weight.unflatten(0, (slices, -1)), torch.float32, out=out)
+    return out.sum(0)
+
+
+def consistency(
+    z: Tensor, z_teacher: Tensor, temperature: float, valid: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """T² · Σ_n KL(softmax(Z_P,n/T) ‖ softmax(Z_n/T)) of given logits, and what its gradient needs.
+
+    z, z_teacher [N, V] or [B, S, V] of any strides; valid [N] -> [].
+    """
+    from balora_kernels import rows
+
+    found = rows.forward(
+        rows.Logits(z), rows.Teacher(rows.Logits(z_teacher), False), valid=valid, temperature=temperature
+    )
+    return temperature**2 * found.terms[1].sum(dtype=torch.float64), found.stats
+
+
+def consistency_gradient(
+    z: Tensor,
+    z_teacher: Tensor,
+    temperature: float,
+    valid: Tensor | None,
+    saved: Tensor | None,
+    out: Tensor,
+    scale: Tensor,
+) -> None:
+    """out = scale times the gradient of ``consistency`` by Z."""
+    from balora_kernels import rows
+
+    rows.gradient(
+        rows.Logits(z),
+        rows.Teacher(rows.Logits(z_teacher), False),
+        rows.Found(z.new_empty(0), saved, None, None),
+        out,
+        valid=valid,
+        temperature=temperature,
+        strength=temperature,
+        scale=scale,
+    )
+
+
+def diversity(z: Tensor, top_k: int, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """−Σ_n H(softmax of the K largest of Z_n) of given logits; its gradient [N, K], and where that is [N, K]."""
+    from balora_kernels import rows
+
+    found = rows.forward(rows.Logits(z), valid=valid, top_k=min(top_k, z.shape[-1]))
+    assert found.top_gradient is not None
+    assert found.top_index is not None
+    return found.terms[2].sum(dtype=torch.float64), found.top_gradient, found.top_index

@@ -1,0 +1,210 @@
+"""The objective and the losses on logits with the Triton kernels, in their interpreter: values and every gradient against
+the reference in float64, awkward logits, chunks, masks, strides, what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from balora import LinearHead, fused
+from balora import functional as F
+
+from . import test_head, test_losses, test_streaming
+from .conftest import ALL_TERMS, only, problem, run
+
+pytest.importorskip("triton")
+tiles = pytest.importorskip("balora_kernels.tiles")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LOSSES = {name: loss for name, loss in test_losses.LOSSES.items() if "svd" not in name}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """A row of 300 logits has five tiles."""
+    monkeypatch.setattr(tiles, "_TILE", 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("term", [*test_streaming.TERMS, "all"])
+def test_value_and_gradient_within_the_budget(small_tiles, term, dtype):
+    config = ALL_TERMS if term == "all" else only(term)
+    test_streaming.check(problem(9, 16, 301, dtype=dtype, ignored=2), config, dtype, impl="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", test_head.KINDS)
+def test_every_head_trained_or_frozen(small_tiles, kind, dtype):
+    everything = test_head.tensors(kind, dtype, n=7, vocab=131)
+    test_head.check(everything, ALL_TERMS, dtype, by="triton")
+    test_head.check(everything, only("consistency"), dtype, by="triton", trained=("hidden",), normalizer=7.0)
+    extra = [name for name in everything[0] if name not in ("hidden", "weight")]
+    if extra:
+        test_head.check(everything, ALL_TERMS, dtype, by="triton", trained=extra)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["plain", "everything"])
+def test_a_teacher_with_a_head_of_its_own(small_tiles, kind, dtype):
+    everything = test_head.tensors(kind, dtype, n=7, vocab=131)
+    g = torch.Generator().manual_seed(7)
+    other = LinearHead(torch.randn(131, test_head.D, generator=g).to(dtype), softcap=3.0, scale=0.5)
+    test_head.check(everything, only("consistency"), dtype, by="triton", teacher_head=other)
+
+
+@pytest.mark.parametrize("variant", ["nlu_2024", "nlu_2025"])
+def test_terms_of_the_whole_batch_besides(variant):
+    everything = test_head.tensors("plain", torch.float32, n=9, vocab=7)
+    test_head.check(everything, test_head.VARIANTS[variant], torch.float32, by="triton")
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+@pytest.mark.parametrize("distance", [1e-4, 1e-2, 1.0, 10.0])
+def test_consistency_from_close_to_far(small_tiles, distance, temperature):
+    inputs = problem(5, 16, 300, dtype=torch.float32, distance=distance, scale=3.0)
+    config = only("consistency", temperature=temperature)
+    test_streaming.check(inputs, config, torch.float32, impl="triton")
+
+
+@pytest.mark.parametrize("distance", [1.7e-4, 1e-2, 0.4, 1.1])
+def test_bf16_consistency_within_two_percent(distance):
+    from .test_kl_accuracy import HIDDEN, ONLY_KL, at_distance, relative
+
+    hidden, teacher, weight, labels = at_distance(distance, n=6, d=256, vocab=5000)
+    _, exact = run(hidden.double(), teacher.double(), weight.double(), labels, ONLY_KL, "reference")
+    head = LinearHead(weight)
+    exact_kl = F.linear_objective(
+        hidden.double(), teacher.double(), LinearHead(weight.double()), labels, ONLY_KL, impl="reference"
+    ).consistency
+    _, ce = run(hidden.double(), None, weight.double(), labels, only("none"), "reference")
+    huge = replace(ONLY_KL, lambda_consistency=1e12)
+    terms, gradients = fused.objective(hidden, teacher, head, None, labels, None, huge, HIDDEN)
+    assert terms.consistency.item() / 6 == pytest.approx(exact_kl.item(), rel=0.02)
+    assert relative(gradients.hidden.double() / 1e12 / 6, exact - ce) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 2), (2, 5, 64), (2, 5, 65), (5, 3, 4097)])
+def test_awkward_shapes(shape):
+    for dtype in (torch.float32, torch.bfloat16):
+        config = replace(ALL_TERMS, entropy_top_k=20, lambda_svd=0.9 * (shape != (1, 1, 1)))
+        test_streaming.check(problem(*shape, dtype=dtype), config, dtype, impl="triton")
+
+
+@pytest.mark.parametrize("vocab", [66_000, 2**18 + 70])
+def test_a_large_vocabulary(vocab):
+    """Several real tiles, and from 2¹⁸ on larger blocks."""
+    test_streaming.check(problem(2, 4, vocab, dtype=torch.float32), replace(ALL_TERMS, svd_rank=1), torch.float32,
+                         impl="triton")  # fmt: skip
+
+
+def test_chunks_do_not_change_a_bit(monkeypatch, small_tiles):
+    """Of the terms and, where products of the same numbers are, of the gradient."""
+    inputs = problem(9, 16, 301, dtype=torch.float32, ignored=1)
+    z, teacher = test_losses.logits(9, 301, torch.float32)
+    whole = [test_losses.evaluate(loss, z, teacher, impl="triton") for loss in LOSSES.values()]
+    found, grad = run(*inputs, ALL_TERMS, "triton")
+    again, grad_again = run(*inputs, ALL_TERMS, "triton")
+    assert torch.equal(grad, grad_again)
+    assert torch.equal(found.loss, again.loss)
+    for (_, expected), loss in zip(whole, LOSSES.values(), strict=True):
+        parts = [test_losses.evaluate(loss, z[i], teacher[i], impl="triton", normalizer=9) for i in z.new_ones(9, 301).bool().nonzero()[::301, :1]]
+        assert torch.equal(torch.cat([g for _, g in parts]), expected)
+    monkeypatch.setattr(fused, "CHUNK_BYTES", 2 * 320 * 8)
+    found, grad_again = run(*inputs, ALL_TERMS, "triton")
+    assert found.loss.item() == pytest.approx(again.loss.item(), rel=1e-6)
+    torch.testing.assert_close(grad_again, grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_on_logits(small_tiles, name, dtype):
+    z, teacher = test_losses.logits(6, 301, dtype)
+    test_losses.check(LOSSES[name], z, teacher, dtype, by="triton")
+    valid = torch.tensor([1, 0, 1, 1, 0, 1]).bool()
+    _, grad = test_losses.check(LOSSES[name], z, teacher, dtype, by="triton", valid=valid)
+    assert not grad[~valid].any()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_of_any_stride(small_tiles, name):
+    """Of a slice of a batch, as shifted logits are, and of transposed logits."""
+    z, teacher = test_losses.logits(8, 90, torch.float32)
+    loss = LOSSES[name]
+    wide = torch.zeros(2, 5, 90)
+    wide[:, :-1] = z.view(2, 4, 90)
+    valid = torch.tensor([1, 1, 0, 1, 0, 1, 1, 1]).bool()
+    expected, grad = test_losses.evaluate(loss, z, teacher, impl="triton", valid=valid)
+    for view in (wide[:, :-1], z.view(2, 4, 90).mT.contiguous().mT, z.view(1, 2, 4, 90)):
+        shaped = teacher.view(view.shape)
+        leaf = view.detach().requires_grad_()
+        found = loss(leaf, shaped, impl="triton", valid=valid)
+        (found * 3).backward()
+        assert torch.equal(found, expected)
+        torch.testing.assert_close(leaf.grad.reshape(8, 90), 3 * grad)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("where", ["student", "teacher"])
+def test_nan_in_nan_out(small_tiles, name, where):
+    z, teacher = test_losses.logits(3, 301, torch.float32)
+    (z if where == "student" else teacher)[1, 200] = torch.nan
+    value, grad = test_losses.evaluate(LOSSES[name], z, teacher, impl="triton")
+    if where == "teacher" and "diversity" in name:
+        assert value.isfinite()
+    else:
+        assert value.isnan()
+        assert grad[1].isnan().any()
+    assert grad[[0, 2]].isfinite().all()
+
+
+def test_a_masked_vocabulary(small_tiles):
+    """A bias of −∞ over whole tiles: the terms of a token see nothing of it."""
+    hidden, teacher, weight, labels = problem(5, 16, 301, dtype=torch.float32)
+    masked = torch.zeros(301)
+    masked[130:290] = -torch.inf
+    labels = labels % 100
+    kept = masked == 0
+    config = replace(ALL_TERMS, lambda_svd=0.0)
+
+    def evaluate(weight, bias, impl):
+        h = hidden.clone().requires_grad_()
+        out = F.linear_objective(h, teacher, LinearHead(weight, bias=bias), labels, config, impl=impl)
+        out.loss.backward()
+        return out, h.grad
+
+    found, grad = evaluate(weight, masked, "triton")
+    expected, expected_grad = evaluate(weight[kept], None, "streaming")
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-7)
+
+
+def test_what_the_kernels_cannot_do():
+    hidden, teacher, weight, labels = problem(3, 4, 300)
+    with pytest.raises(ValueError, match="^impl: 'triton' cannot run here: its arithmetic is float32, hidden is float64"):
+        F.linear_objective(hidden, teacher, LinearHead(weight), labels, ALL_TERMS, impl="triton")
+    narrow = [x.float() for x in (hidden, teacher, weight)]
+    for change, message in (
+        (dict(diversity="full"), "config.diversity is 'full'"),
+        (dict(entropy_top_k=129), "config.entropy_top_k is 129, it has 128 at most"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            F.linear_objective(
+                narrow[0], narrow[1], LinearHead(narrow[2]), labels, replace(ALL_TERMS, **change), impl="triton"
+            )
+    with pytest.raises(ValueError, match="top_k is 200, it has 128 at most"):
+        F.diversity_loss(torch.randn(3, 300), top_k=200, impl="triton")
+    assert F.diversity_loss(torch.randn(3, 100), top_k=200, impl="triton").isfinite()  # K is min(200, V)
+    with pytest.raises(ValueError, match="the logits are float64"):
+        F.consistency_loss(torch.randn(3, 5).double(), torch.randn(3, 5).double(), impl="triton")
+
+
+def test_without_a_gradient_and_without_a_valid_token():
+    inputs = problem(4, 8, 70, dtype=torch.float32)
+    head = LinearHead(inputs[2])
+    with torch.no_grad():
+        out = F.linear_objective(inputs[0], inputs[1], head, inputs[3], ALL_TERMS, impl="triton")
+    expected, _ = run(*inputs, ALL_TERMS, "streaming")
+    assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    none, grad = run(*inputs[:3], torch.full((4,), -100), ALL_TERMS, "triton")
+    assert none.loss.item() == 0
+    assert not grad.any()
