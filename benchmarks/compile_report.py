@@ -44,6 +44,7 @@ class Launch:
         self.kernel = kernel
         self.signature, self.constants, self.attributes = {}, {}, {}
         self.warps = settings.pop("num_warps", 4)
+        settings.pop("enable_fp_fusion", None)
         values = {**dict(zip(kernel.arg_names, args, strict=False)), **settings}
         for i, param in enumerate(kernel.params):
             value = values[param.name]
@@ -74,7 +75,7 @@ class Launch:
 
     def compile(self, arch: int) -> dict:
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
-        found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": self.warps})
+        found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": self.warps, "enable_fp_fusion": True})
         registers, stack, local = _resources(found.asm["cubin"])
         shared = found.metadata.shared
         all_registers, all_shared, threads, blocks = LIMITS[arch]

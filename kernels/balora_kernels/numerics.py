@@ -18,6 +18,15 @@ def power2(x):
 
 
 @triton.jit
+def times_less(x, k, c):
+    """x·k − c, rounded once: of two large numbers that nearly cancel the digits that are left are right."""
+    if _INTERPRETED:
+        return (x.to(tl.float64) * k - c).to(tl.float32)
+    else:
+        return x * k - c  # fused: the launchers ask for that
+
+
+@triton.jit
 def weighted_growth(weight, grown, x):
     """weight·(2ˣ − 1), where grown is weight·2ˣ (which may be finite where 2ˣ is not).
 

@@ -27,17 +27,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .numerics import LN2, LOG2E, log1p, maximum, power2, tanh, total, weighted_growth
+from .numerics import LN2, LOG2E, log1p, maximum, power2, tanh, times_less, total, weighted_growth
 from .top_k import comparable, largest_blocks, pack, unpack_index, unpack_value
 
 # Of a tile: the base m, the teacher's, L, L at temperature 1, c, S, R, m at temperature 1.
 _STATES = 8
-# Of a row, for the gradient: m, m at temperature 1, 1/L, 1/L at temperature 1, c + log(1 + S/L). A row is 32 bytes.
+# Of a row, for the gradient: m, m at temperature 1, 1/L, 1/L at temperature 1, c, log(1 + S/L). 32 bytes.
 _STATS = tl.constexpr(8)
 _REACH = tl.constexpr(12.0)
 _MASKED = tl.constexpr(-150.0)  # the a of an entry that the teacher masks: 2^−150 is 0
 _NOWHERE = tl.constexpr(-1e30)  # the c of a tile that the teacher masks as a whole
 _LOG2E = tl.constexpr(LOG2E)
+
+_FUSED = {} if triton.knobs.runtime.interpret else {"enable_fp_fusion": True}  # a·b + c in one step: no default
 
 # What the teacher's tensor holds.
 _DIFFERENCE = tl.constexpr(1)  # Z_P − Z, before a soft-cap
@@ -103,9 +105,9 @@ def _teacher(
 def _apart(z, t, k, c, TEACHER: tl.constexpr):
     """a = δ − c. An entry that the teacher masks is far below; one that both mask has no weight."""
     if TEACHER == _DIFFERENCE:
-        return t * k - c
+        return times_less(t, k, c)
     # The larger of NaN, −∞ − (−∞), and a number is the number. A NaN of the teacher is in its maximum.
-    return tl.maximum((t - z) * k - c, _MASKED)
+    return tl.maximum(times_less(t - z, k, c), _MASKED)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -136,7 +138,8 @@ def _tile_states(
             top = maximum(best, 0)
             masked = top == float("-inf")  # as a whole: L = 0
             base = tl.where(masked, 0.0, top * k)
-            e = power2(z * k - base)
+            y = times_less(z, k, base)
+            e = power2(y)
             part = total(e)
             tl.store(state, top * k)
             tl.store(state + 2 * field, part)
@@ -144,7 +147,7 @@ def _tile_states(
                 tl.store(state + 3 * field, total(e * e))
             if T == 3:
                 tl.store(state + 7 * field, top * _LOG2E)
-                tl.store(state + 3 * field, total(power2(z * _LOG2E - tl.where(masked, 0.0, top * _LOG2E))))
+                tl.store(state + 3 * field, total(power2(times_less(z, _LOG2E, tl.where(masked, 0.0, top * _LOG2E)))))
         if TEACHER != 0:
             t_at = t_ptr + _row_offset(row, t_inner, t_outer_stride, t_inner_stride) + columns.to(tl.int64) * t_stride
             t = _teacher(
@@ -161,7 +164,7 @@ def _tile_states(
             mean = total(e * (a if TEACHER == _DIFFERENCE else tl.maximum(a, -_REACH))) / part
             mean = tl.where((tl.abs(mean) > _REACH) | masked, 0.0, mean)  # a NaN stays
             a -= mean
-            grown = power2((z * k - base) + a)
+            grown = power2(y + a)
             tl.store(state + field, t_base)
             tl.store(state + 4 * field, offset + mean)
             tl.store(state + 5 * field, total(weighted_growth(e, grown, a)))
@@ -216,7 +219,7 @@ def _merge(
                     known = (label >= 0) & (label < vocab)
                     label = tl.where(known, label, 0)
                     labelled, _, _ = _logits(z_row + label * z_stride, bias_ptr, label, known, scale, cap, CAP)
-                    tl.store(term, (tl.log2(whole1) + (base1 - labelled * _LOG2E)) * LN2)
+                    tl.store(term, (tl.log2(whole1) - times_less(labelled, _LOG2E, base1)) * LN2)
             if TEACHER != 0:
                 offset = tl.max(tl.load(state + field, mask=here, other=float("-inf")), 0) - base
                 centre = tl.load(state + 4 * field, mask=here, other=0.0)
@@ -233,7 +236,8 @@ def _merge(
                 # E_P[a] − shift: two numbers that grow with the distance
                 mean = first.to(tl.float64) / (1.0 + surplus.to(tl.float64)) * LN2
                 tl.store(term + rows, (mean - log1p(surplus.to(tl.float64))).to(tl.float32))
-                tl.store(stat + 4, c + shift * _LOG2E)
+                tl.store(stat + 4, c)
+                tl.store(stat + 5, shift * _LOG2E)
                 tl.store(stat + 2, 1.0 / whole + (shift - shift))  # a NaN of the teacher reaches the gradient
         if KP != 0:
             maxima = maxima_ptr + row.to(tl.int64) * blocks
@@ -282,14 +286,14 @@ def _gradient(
         z_at = z_ptr + _row_offset(row, z_inner, z_outer_stride, z_inner_stride) + columns.to(tl.int64) * z_stride
         z, th, v = _logits(z_at, bias_ptr, columns, mask, scale, cap, CAP)
         stat = stats_ptr + row.to(tl.int64) * _STATS
-        y = z * k - tl.load(stat)
+        y = times_less(z, k, tl.load(stat))
         e = power2(y)
         if TEACHER != 0:
             t_at = t_ptr + _row_offset(row, t_inner, t_outer_stride, t_inner_stride) + columns.to(tl.int64) * t_stride
             t = _teacher(
                 t_at, t_bias_ptr, columns, mask, t_scale, t_cap, factor_ptr, th, v, cap, TEACHER, CAP, TEACHER_CAP
             )
-            u = _apart(z, t, k, tl.load(stat + 4), TEACHER)
+            u = _apart(z, t, k, tl.load(stat + 4), TEACHER) - tl.load(stat + 5)
             # p_S − p_P = −p_S (e^u − 1), never from two rounded probabilities
             g = weighted_growth(e, power2(y + u), u) * (-strength * tl.load(stat + 2))
         if T != 0:
@@ -297,7 +301,7 @@ def _gradient(
             if T == 2:
                 e1 = e * e
             if T == 3:
-                e1 = power2(z * _LOG2E - tl.load(stat + 1))
+                e1 = power2(times_less(z, _LOG2E, tl.load(stat + 1)))
             g += e1 * tl.load(stat + 3)
         if labels_ptr is not None:
             label = tl.load(labels_ptr + row) - start
@@ -384,7 +388,7 @@ def forward(
         _tile_states[(n, cut.tiles)](
             z, t and t.values, student.bias, t and t.bias, labels, _bytes(valid), teacher and teacher.factor,
             states, maxima, n, vocab, cut.tiles, cut.blocks, *_strides(z), *_strides(t and t.values), *numbers,
-            **flags, TOP=top_k is not None, TILE=cut.tile, BLOCK=cut.block, num_warps=tiles.tile_warps(cut),
+            **flags, TOP=top_k is not None, TILE=cut.tile, BLOCK=cut.block, num_warps=tiles.tile_warps(cut), **_FUSED,
         )  # fmt: skip
         kp = tiles.power_of_two(max(top_k, 2)) if top_k else 0
         _merge[(n,)](
@@ -392,7 +396,7 @@ def forward(
             n, vocab, cut.tiles, cut.blocks, *_strides(z), student.scale, numbers[2], numbers[4], top_k or 0,
             TEACHER=flags["TEACHER"], CAP=flags["CAP"], T=flags["T"], TILES=tiles.power_of_two(cut.tiles),
             BLOCK=cut.block, BLOCKS=max(tiles.power_of_two(cut.blocks), kp) if kp else 1, KP=kp,
-            num_warps=tiles.merge_warps(cut, top_k),
+            num_warps=tiles.merge_warps(cut, top_k), **_FUSED,
         )  # fmt: skip
     return Found(terms, stats, top_gradient, top_index)
 
@@ -428,7 +432,7 @@ def gradient(
             z, t and t.values, student.bias, t and t.bias, labels, _bytes(valid), teacher and teacher.factor,
             found.stats, out, scale, vocab, *_strides(z), *_strides(t and t.values), *_strides(out),
             *_numbers(student, teacher, temperature), strength, out_scale,
-            **flags, TILE=cut.tile, num_warps=tiles.tile_warps(cut),
+            **flags, TILE=cut.tile, num_warps=tiles.tile_warps(cut), **_FUSED,
         )  # fmt: skip
         if found.top_gradient is not None and found.top_index is not None and lambda_diversity != 0:
             top_k = found.top_gradient.shape[1]
