@@ -35,7 +35,7 @@ def why_not(impl: str, device: torch.device | None = None) -> list[str]:
         if importlib.util.find_spec("triton") is None:
             reasons.append("triton is not installed (pip install triton)")
         if importlib.util.find_spec("balora_kernels") is None:
-            reasons.append("balora_kernels is not importable (it comes with an installed balora; its source is kernels/)")
+            reasons.append("balora_kernels is not importable (an installed balora has it; the source is in kernels/)")
         if _interprets():
             return reasons  # on any device
     if impl == "cuda":

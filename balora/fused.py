@@ -1,4 +1,4 @@
-"""The objective and the losses on logits with the Triton kernels of ``balora_kernels``: CUDA devices, or the interpreter.
+"""The objective and the losses on logits with the Triton kernels of ``balora_kernels``.
 
 The twin of ``streaming``: the same terms and gradients, but a chunk is as large as a byte budget allows, its logits are
 products on tensor cores with float32 results, and three kernels turn it into terms and, in place of the difference
@@ -8,7 +8,8 @@ logits, into the gradient.
 from __future__ import annotations
 
 import math
-from functools import lru_cache, partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ _WIDENED_BYTES = 32 * 2**20
 _LARGEST_HALF = 2.0**14  # a quarter of what float16 holds: room for the sum of the terms of a gradient
 
 
-def objective(*arguments, masked: bool = False) -> tuple[streaming.Terms, streaming.Gradients]:
+def objective(*arguments: Any, masked: bool = False) -> tuple[streaming.Terms, streaming.Gradients]:
     """``streaming.objective`` with the kernels.
 
     masked says that rows whose label is negative are among the given ones: they are left out, at the cost of the
@@ -83,11 +84,11 @@ class _Run(streaming.Run):
                     teacher = rows.Teacher(rows.Logits(t_out, t_bias, other.scale, other.softcap), False)
                 else:
                     # Subtracted before the product, so that its error is relative to the difference.
-                    teacher = self._difference(t.float() - h.float(), t_out, rows)
-            common = {"labels": y, "temperature": config.temperature if self.kl else 1.0}
+                    teacher = self._subtracted(t.float() - h.float(), t_out, rows)
+            common: dict[str, Any] = {"labels": y, "temperature": config.temperature if self.kl else 1.0}
             seen = rows.forward(student, teacher, **common, top_k=min(config.entropy_top_k, vocab) if entropy else None)
             found.append(seen.terms.sum(1, dtype=torch.float64))
-            if self.need_grad:
+            if g_buffer is not None and self.need_grad:
                 g = g_buffer[: stop - start, :vocab]
                 rows.gradient(
                     student,
@@ -115,7 +116,7 @@ class _Run(streaming.Run):
         if x is not None and linear.extra is not None:
             out.addmm_(x, linear.extra[:, : x.shape[1]].T)
 
-    def _difference(self, t: Tensor, out: Tensor, rows):
+    def _subtracted(self, t: Tensor, out: Tensor, rows: Any) -> Any:
         """The difference logits of t = H_P − H [c, d] float32, as the kernels take them."""
         factor = None
         if out.dtype == torch.float32:
@@ -236,7 +237,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
         total[start : start + step].add_(found, alpha=alpha)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _adds_products(dtype: torch.dtype) -> bool:
     """Whether this torch adds such a product to a float32 matrix; older ones want that in half precision too."""
     a, total = torch.zeros(16, 16, dtype=dtype, device="cuda"), torch.zeros(16, 16, device="cuda")
@@ -263,9 +264,7 @@ def _times_weight(g: Tensor, weight: Tensor) -> Tensor:
     return out.sum(0)
 
 
-def consistency(
-    z: Tensor, z_teacher: Tensor, temperature: float, valid: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def consistency(z: Tensor, z_teacher: Tensor, temperature: float, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """T² · Σ_n KL(softmax(Z_P,n/T) ‖ softmax(Z_n/T)) of given logits, and what its gradient needs.
 
     z, z_teacher [N, V] or [B, S, V] of any strides; valid [N] -> [].

@@ -57,6 +57,7 @@ def objective(
     config: BALoraConfig,
     need: tuple[bool, bool, bool, bool, bool],
     norm: Tensor | None = None,
+    *,
     run: Callable[..., Run] | None = None,
 ) -> tuple[Terms, Gradients]:
     """The terms of the objective over the valid rows, and the gradients of their weighted sum over ``norm``.

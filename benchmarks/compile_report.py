@@ -70,12 +70,15 @@ class Launch:
     @property
     def settings(self) -> str:
         flags = {k: v for k, v in self.constants.items() if k.isupper() and v not in (0, False)}
-        kinds = sorted({v[1:] for k, v in self.signature.items() if k in ("z_ptr", "t_ptr", "out_ptr") and v[0] == "*"})
+        pointers = ("z_ptr", "t_ptr", "out_ptr")
+        kinds = sorted({v[1:] for k, v in self.signature.items() if k in pointers and v[0] == "*"})
         return " ".join([*kinds, *(k if v is True else f"{k}={v}" for k, v in flags.items())])
 
     def compile(self, arch: int) -> dict:
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
-        found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": self.warps, "enable_fp_fusion": True})
+        found = triton.compile(
+            source, target=GPUTarget("cuda", arch, 32), options={"num_warps": self.warps, "enable_fp_fusion": True}
+        )
         registers, stack, local = _resources(found.asm["cubin"])
         shared = found.metadata.shared
         all_registers, all_shared, threads, blocks = LIMITS[arch]

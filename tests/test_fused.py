@@ -1,5 +1,7 @@
-"""The objective and the losses on logits with the Triton kernels, in their interpreter: values and every gradient against
-the reference in float64, awkward logits, chunks, masks, strides, what is refused."""
+"""The objective and the losses on logits with the Triton kernels, in their interpreter.
+
+Values and every gradient against the reference in float64, awkward logits, chunks, masks, strides, what is refused.
+"""
 
 from dataclasses import replace
 
@@ -83,11 +85,16 @@ def test_bf16_consistency_within_two_percent(distance):
     assert relative(gradients.hidden.double() / 1e12 / 6, exact - ce) < 0.02
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 2), (2, 5, 64), (2, 5, 65), (5, 3, 4097)])
+@pytest.mark.parametrize("shape", [(3, 2, 2), (2, 5, 64), (2, 5, 65), (5, 3, 4097)])
 def test_awkward_shapes(shape):
     for dtype in (torch.float32, torch.bfloat16):
-        config = replace(ALL_TERMS, entropy_top_k=20, lambda_svd=0.9 * (shape != (1, 1, 1)))
-        test_streaming.check(problem(*shape, dtype=dtype), config, dtype, impl="triton")
+        test_streaming.check(problem(*shape, dtype=dtype), replace(ALL_TERMS, entropy_top_k=20), dtype, impl="triton")
+
+
+def test_a_vocabulary_of_one():
+    out, grad = run(*problem(1, 3, 1, dtype=torch.float32), replace(ALL_TERMS, lambda_svd=0.0), "triton")
+    assert abs(out.loss.item()) < 1e-7
+    assert not grad.any()
 
 
 @pytest.mark.parametrize("vocab", [66_000, 2**18 + 70])
@@ -107,8 +114,9 @@ def test_chunks_do_not_change_a_bit(monkeypatch, small_tiles):
     assert torch.equal(grad, grad_again)
     assert torch.equal(found.loss, again.loss)
     for (_, expected), loss in zip(whole, LOSSES.values(), strict=True):
-        parts = [test_losses.evaluate(loss, z[i], teacher[i], impl="triton", normalizer=9) for i in z.new_ones(9, 301).bool().nonzero()[::301, :1]]
-        assert torch.equal(torch.cat([g for _, g in parts]), expected)
+        cuts = [slice(i, i + 4) for i in (0, 4, 8)]
+        parts = [test_losses.evaluate(loss, z[cut], teacher[cut], impl="triton", normalizer=9) for cut in cuts]
+        assert torch.equal(torch.cat([part for _, part in parts]), expected)
     monkeypatch.setattr(fused, "CHUNK_BYTES", 2 * 320 * 8)
     found, grad_again = run(*inputs, ALL_TERMS, "triton")
     assert found.loss.item() == pytest.approx(again.loss.item(), rel=1e-6)
@@ -180,7 +188,9 @@ def test_a_masked_vocabulary(small_tiles):
 
 def test_what_the_kernels_cannot_do():
     hidden, teacher, weight, labels = problem(3, 4, 300)
-    with pytest.raises(ValueError, match="^impl: 'triton' cannot run here: its arithmetic is float32, hidden is float64"):
+    with pytest.raises(
+        ValueError, match="^impl: 'triton' cannot run here: its arithmetic is float32, hidden is float64"
+    ):
         F.linear_objective(hidden, teacher, LinearHead(weight), labels, ALL_TERMS, impl="triton")
     narrow = [x.float() for x in (hidden, teacher, weight)]
     for change, message in (
