@@ -10,10 +10,12 @@ recorded, and compiled to machine code; nothing is run.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # read when the kernels are imported
@@ -178,8 +180,8 @@ CASES = {
     "objective, a classifier": rows_case(3, top_k=20),
     "objective, K 128": rows_case(131072, top_k=128),
     "objective, K 1": rows_case(32000, top_k=1),
-    "objective, T 1": rows_case(131072, temperature=1.0),
-    "objective, T 1.5": rows_case(131072, temperature=1.5),
+    "objective, T 1": rows_case(131072, temperature=1.0, top_k=None),
+    "objective, T 1.5": rows_case(131072, temperature=1.5, top_k=None),
     "objective, soft-cap": rows_case(256000, cap=30.0),
     "objective, bias": rows_case(51200, bias=True),
     "objective, float16": rows_case(131072, out=torch.float16, factor=True),
@@ -215,17 +217,26 @@ COLUMNS = {
 
 
 def report(archs: list[int], only: str | None) -> list[dict]:
-    found, seen = [], set()
+    launches: dict[
+        tuple, tuple[str, int, int]
+    ] = {}  # of those alike the first: a case, the how manieth of it, for what
     for name, case in CASES.items():
-        for launch in record(case):
-            if launch.key in seen or (only and only not in launch.kernel.__name__ and only not in name):
-                continue
-            seen.add(launch.key)
-            for arch in archs:
-                harness.progress(f"{name}: {launch.kernel.__name__} for sm_{arch}")
-                found.append({"case": name, **launch.compile(arch)})
+        for i, launch in enumerate(record(case)):
+            if not only or only in launch.kernel.__name__ or only in name:
+                for arch in archs:
+                    launches.setdefault((*launch.key, arch), (name, i, arch))
+    found = []
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for row in pool.map(_compile, launches.values()):
+            harness.progress(f"{len(found) + 1} of {len(launches)}: {row['kernel']} for {row['arch']}")
+            found.append(row)
     harness.progress("")
     return found
+
+
+def _compile(which: tuple[str, int, int]) -> dict:
+    name, i, arch = which
+    return {"case": name, **record(CASES[name])[i].compile(arch)}
 
 
 def main() -> None:

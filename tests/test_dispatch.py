@@ -14,6 +14,7 @@ LOSSES = ["linear_objective", "consistency_loss", "diversity_loss", "svd_loss", 
 @pytest.fixture(autouse=True)
 def _no_variable(monkeypatch):
     monkeypatch.delenv("BALORA_IMPL", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.mark.parametrize("operation", LOSSES)
@@ -39,9 +40,10 @@ def test_a_name_never_falls_back_and_gives_every_reason(monkeypatch):
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(
-        ValueError, match=r"^impl: 'triton' cannot run here: .*no Triton kernel.*; triton is not ins.*;.*with"
+        ValueError,
+        match=r"^impl: 'triton' cannot run here: triton is not ins.*; balora_kernels is not.*; torch .* with.*; K",
     ):
-        dispatch.choose("linear_objective", "triton")
+        dispatch.choose("linear_objective", "triton", limits={"triton": "K is too large"})
     with pytest.raises(
         ValueError, match=r"^impl: 'cuda' cannot run here: .*no CUDA extension.*; torch .* without CUDA"
     ):
@@ -82,3 +84,33 @@ def test_info_prints_what_it_returns(capsys, monkeypatch):
     assert "runs" not in found["implementations"]["linear_objective"]
     assert "cannot run here" in found["implementations"]["linear_objective"]["error"]
     assert "BALORA_IMPL is 'triton'" in file.getvalue()
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """What torch says where there is one."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
+
+
+@pytest.mark.parametrize("operation", ["linear_objective", "consistency_loss", "diversity_loss"])
+def test_auto_takes_the_kernels_where_they_can_run(monkeypatch, a_gpu, operation):
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert dispatch.choose(operation) == "triton"
+    assert dispatch.choose(operation, device=gpu) == "triton"
+    assert dispatch.choose(operation, device=cpu) == "streaming"
+    assert dispatch.choose(operation, device=gpu, limits={"triton": "float64"}) == "streaming"
+    assert dispatch.choose(operation, device=gpu, limits={"triton": None}) == "triton"
+    with pytest.raises(ValueError, match="^impl: 'triton' cannot run here: the tensors are on cpu, not on a CUDA"):
+        dispatch.choose(operation, "triton", cpu)
+    with pytest.raises(ValueError, match="^impl: 'triton' cannot run here: float64$"):
+        dispatch.choose(operation, "triton", gpu, {"triton": "float64"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert dispatch.choose(operation, device=gpu) == "streaming"
+    with pytest.raises(ValueError, match=r"compute capability 7.5, 8.0 or higher is needed"):
+        dispatch.choose(operation, "triton", gpu)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # by name, on any device; never by itself
+    assert dispatch.choose(operation, "triton", cpu) == "triton"
+    assert dispatch.choose(operation, device=gpu) == "streaming"

@@ -199,7 +199,7 @@ def test_awkward_logits(impl):
         assert zero.item() == 0
         assert not grad.any()
     single = F.consistency_loss(torch.randn(4, 1), torch.randn(4, 1), impl=impl)
-    assert single.item() == 0
+    assert abs(single.item()) < 1e-12
 
 
 @pytest.mark.parametrize("offset", [2.5e3, 1e4, -1e4])

@@ -22,9 +22,9 @@ import triton.language as tl
 from .numerics import LN2, LOG2E, log1p, maximum, power2, tanh, times_less, total, weighted_growth
 from .top_k import comparable, largest_blocks, pack, unpack_index, unpack_value
 
-# Of a tile: the base m, the teacher's, L, L at temperature 1, c, S, R, m at temperature 1.
-STATES = 8
-# Of a row, for the gradient: m, m at temperature 1, 1/L, 1/L at temperature 1, c, log(1 + S/L). 32 bytes.
+# Of a tile: the base m, the teacher's, L, L at temperature 1, c, S, R, m at temperature 1, m + c.
+STATES = 9
+# Of a row, for the gradient: m, m at temperature 1, 1/L, 1/L at temperature 1, c, log(1 + S/L), m + c. 32 bytes.
 STATS = tl.constexpr(8)
 _REACH = tl.constexpr(12.0)
 _MASKED = tl.constexpr(-150.0)  # the a of an entry that the teacher masks: 2^−150 is 0
@@ -96,8 +96,16 @@ def _apart(z, t, k, c, TEACHER: tl.constexpr):
     """a = δ − c. An entry that the teacher masks is far below; one that both mask has no weight."""
     if TEACHER == DIFFERENCE:
         return times_less(t, k, c)
-    # The larger of NaN, −∞ − (−∞), and a number is the number. A NaN of the teacher is in its maximum.
-    return tl.maximum(times_less(t - z, k, c), _MASKED)
+    a = times_less(t - z, k, c)
+    return tl.where(a > _MASKED, a, _MASKED)  # of NaN, −∞ − (−∞), too; a NaN of the teacher is in its maximum
+
+
+@triton.jit
+def _grown(y, u, t, k, t_base, shift, TEACHER: tl.constexpr):
+    """e^(x−m) e^u with u = a − shift: of logits that are far apart both factors lose digits that z_P has."""
+    if TEACHER == DIFFERENCE:
+        return power2(y + u)
+    return power2(times_less(t, k, t_base) - shift)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -153,10 +161,17 @@ def tile_states(
             # an entry that the teacher alone masks must not move the mean far
             mean = total(e * (a if TEACHER == DIFFERENCE else tl.maximum(a, -_REACH))) / part
             mean = tl.where((tl.abs(mean) > _REACH) | masked, 0.0, mean)  # a NaN stays
-            a -= mean
-            grown = power2(y + a)
+            c = offset + mean
+            t_total = base + c
+            if TEACHER == DIFFERENCE:
+                a -= mean
+            else:
+                c = t_total - base  # the rounding of the sum is in c, then, and not between the two
+                a = _apart(z, t, k, c, TEACHER)
+                tl.store(state + 8 * field, t_total)
+            grown = _grown(y, a, t, k, t_total, 0.0, TEACHER)
             tl.store(state + field, t_base)
-            tl.store(state + 4 * field, offset + mean)
+            tl.store(state + 4 * field, c)
             tl.store(state + 5 * field, total(weighted_growth(e, grown, a)))
             tl.store(state + 6 * field, total(grown * a))
 
@@ -217,9 +232,15 @@ def merge(
                 r = tl.load(state + 6 * field, mask=here, other=0.0)
                 near = tl.minimum(tl.maximum(centre - offset, -_REACH), _REACH)
                 c = offset + tl.sum(alpha * part * near, 0) / whole
+                t_total = base + c
+                if TEACHER == LOGITS:
+                    c = t_total - base
                 # a tile's sums with c in the place of its own: its a becomes a + h
                 h = centre - c
-                beta = tl.exp2((bases - base) + h)
+                if TEACHER == DIFFERENCE:
+                    beta = tl.exp2((bases - base) + h)
+                else:
+                    beta = tl.exp2(tl.load(state + 8 * field, mask=here, other=float("-inf")) - t_total)
                 surplus = tl.sum(beta * s + weighted_growth(alpha, beta, h) * part, 0) / whole
                 first = tl.sum(beta * (r + h * (part + s)), 0) / whole
                 shift = log1p(surplus)
@@ -228,6 +249,7 @@ def merge(
                 tl.store(term + rows, (mean - log1p(surplus.to(tl.float64))).to(tl.float32))
                 tl.store(stat + 4, c)
                 tl.store(stat + 5, shift * _LOG2E)
+                tl.store(stat + 6, t_total)
                 tl.store(stat + 2, 1.0 / whole + (shift - shift))  # a NaN of the teacher reaches the gradient
         if KP != 0:
             maxima = maxima_ptr + row.to(tl.int64) * blocks
@@ -283,9 +305,11 @@ def gradient(
             t = _teacher(
                 t_at, t_bias_ptr, columns, mask, t_scale, t_cap, factor_ptr, th, v, cap, TEACHER, CAP, TEACHER_CAP
             )
-            u = _apart(z, t, k, tl.load(stat + 4), TEACHER) - tl.load(stat + 5)
+            shift = tl.load(stat + 5)
+            u = _apart(z, t, k, tl.load(stat + 4), TEACHER) - shift
+            grown = _grown(y, u, t, k, tl.load(stat + 6), shift, TEACHER)
             # p_S − p_P = −p_S (e^u − 1), never from two rounded probabilities
-            g = weighted_growth(e, power2(y + u), u) * (-strength * tl.load(stat + 2))
+            g = weighted_growth(e, grown, u) * (-strength * tl.load(stat + 2))
         if T != 0:
             e1 = e
             if T == 2:

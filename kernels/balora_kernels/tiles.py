@@ -66,10 +66,9 @@ def chunk_rows(rows: int, row_bytes: int, budget: int) -> int:
     most = max(1, budget // row_bytes)
     if most >= rows:
         return max(rows, 1)
-    count = -(-rows // most)
-    chunk = -(-rows // count)
-    rounded = -(-chunk // 128) * 128
-    return rounded if rounded <= most else chunk
+    unit = 128 if most >= 128 else 1
+    count = -(-rows // (most // unit * unit))
+    return -(-rows // (count * unit)) * unit
 
 
 def vocabulary_slices(rows: int, d: int, vocab: int) -> int:
