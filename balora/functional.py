@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dispatch, fused, reference, spectral, streaming
+from . import dispatch, fused, operators, reference, spectral, streaming
 from .checks import as_scalar, check_normalizer, check_whole, describe
 from .config import BALoraConfig, rank_of
 from .head import LinearHead
@@ -114,12 +113,15 @@ def linear_objective(
     regression = labels.is_floating_point()
     # The rows that do not count are left out before the products: that waits for the device once. Where a CUDA graph is
     # captured nothing can wait; they are computed then, and masked.
-    masked = impl == "triton" and not regression and hidden.is_cuda and torch.cuda.is_current_stream_capturing()
-    kept = None if regression or masked else (label_rows != IGNORE_INDEX).nonzero().squeeze(-1)  # [N]
+    compiled = impl != "reference" and not regression and torch.compiler.is_compiling()  # then an operator does that
+    masked = not compiled and impl == "triton" and not regression and _is_captured(hidden)
+    kept = None
+    if not (regression or masked or compiled):
+        kept = (label_rows != IGNORE_INDEX).nonzero().squeeze(-1)  # [N]
     n: int | Tensor = len(label_rows) if kept is None else len(kept)
     if not regression:
         label_rows = label_rows.long()
-    if masked:
+    if masked or compiled:
         n = (label_rows != IGNORE_INDEX).sum()
     if kept is not None:
         _check_label_range(label_rows if n == len(label_rows) else label_rows[kept], head.weight.shape[0])
@@ -140,7 +142,7 @@ def linear_objective(
                 teacher_rows = None if teacher_rows is None else teacher_rows[kept]
             sums = _reference_sums(hidden_rows, teacher_rows, head, own_head, label_rows, config)
         else:
-            evaluate = partial(fused.objective, masked=masked) if impl == "triton" else streaming.objective
+            how = f"compiled {impl}" if compiled else "masked" if masked else impl
             loss, *terms = _Objective.apply(
                 hidden_rows,
                 *head.tensors,
@@ -152,7 +154,7 @@ def linear_objective(
                 config,
                 norm,
                 grad_enabled,
-                evaluate,
+                how,
             )
         if regression or impl == "reference":
             ce, consistency, diversity, svd = terms = [t / norm.to(t.dtype) for t in sums]
@@ -167,6 +169,10 @@ def linear_objective(
         svd if config.lambda_svd != 0 and not regression else None,
         as_scalar(n, hidden.device, torch.int64),
     )
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _no_kernel(hidden: Tensor, head: LinearHead, config: BALoraConfig) -> str | None:
@@ -236,10 +242,16 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, hidden, weight, bias, lora_a, lora_b, teacher_hidden, head, own_head, labels, kept, config, norm, grad,
-        evaluate,
+        how,
     ):  # fmt: skip
         need = tuple(asked and grad for asked in ctx.needs_input_grad[:5])
-        terms, gradients = evaluate(hidden, teacher_hidden, head, own_head, labels, kept, config, need, norm)
+        inputs = hidden, teacher_hidden, head, own_head, labels
+        if how.startswith("compiled "):
+            terms, gradients = operators.linear_objective(*inputs, config, need, norm, how.removeprefix("compiled "))
+        elif how == "streaming":
+            terms, gradients = streaming.objective(*inputs, kept, config, need, norm)
+        else:
+            terms, gradients = fused.objective(*inputs, kept, config, need, norm, masked=how == "masked")
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, lora_a, lora_b)]
         ce, consistency, diversity, svd = (t / norm.to(t.dtype) for t in terms)
@@ -259,9 +271,11 @@ def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | 
     """grad · scale in the type ``dtype``, multiplied in float32: a scale of 1/3 must not be rounded to bfloat16."""
     if grad is None:
         return None
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    if torch.compiler.is_compiling():
+        return (grad.to(wide) * scale.to(wide)).to(dtype)
     if grad.dtype == dtype and scale.device.type == "cpu" and scale == 1:
         return grad  # the usual case; no second copy
-    wide = torch.promote_types(grad.dtype, torch.float32)
     out = torch.empty_like(grad, dtype=dtype)
     step = max(1, _SCALED_AT_A_TIME // max(1, grad[0].numel())) if len(grad) else 1
     for part, into in zip(grad.split(step), out.split(step), strict=True):

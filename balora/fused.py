@@ -21,6 +21,7 @@ from .head import Linear
 # arithmetic (1364 operations for two bytes of W), and 12 chunks of 8192 rows.
 CHUNK_BYTES = 512 * 2**20
 TOP_K_MAX = 128  # of the kernels
+STATS = 8  # numbers of a row that they keep for the gradient
 _WIDENED_BYTES = 32 * 2**20
 _LARGEST_HALF = 2.0**14  # a quarter of what float16 holds: room for the sum of the terms of a gradient
 

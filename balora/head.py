@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +14,9 @@ from torch import Tensor
 
 from . import spectral
 from .checks import describe
+
+_KEYS = itertools.count()
+_HEADS: weakref.WeakValueDictionary[int, LinearHead] = weakref.WeakValueDictionary()
 
 
 class LinearHead:
@@ -62,6 +67,8 @@ class LinearHead:
                 raise ValueError(f"softcap: expected a number above 0 or None, found {softcap!r}")
         self._check_number("scale", scale)
         self.weight, self.bias, self.softcap, self.scale, self.lora = weight, bias, softcap, float(scale), lora
+        self.key = next(_KEYS)
+        _HEADS[self.key] = self
         self._weight_gram: tuple[Any, Tensor] | None = None
         self._gram: tuple[Any, spectral.HeadGram] | None = None
 
@@ -86,6 +93,18 @@ class LinearHead:
         """(weight, bias, A, B): what may be trained."""
         a, b, _ = self.lora if self.lora is not None else (None, None, 0.0)
         return self.weight, self.bias, a, b
+
+    @classmethod
+    def known(cls, key: int, tensors: list[Tensor | None]) -> LinearHead:
+        """The head with that key, which an operator cannot take; one like it where the tensors have been replaced."""
+        head = _HEADS[key]
+        places = [[None if t is None else t.data_ptr() for t in ts] for ts in (head.tensors, tensors)]
+        if places[0] == places[1]:
+            return head
+        weight, bias, a, b = tensors
+        assert weight is not None
+        lora = None if a is None or b is None or head.lora is None else (a, b, head.lora[2])
+        return cls(weight, bias, head.softcap, head.scale, lora)
 
     @property
     def gram(self) -> spectral.HeadGram:

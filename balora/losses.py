@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import batch, dispatch, fused, reference, streaming
+from . import batch, dispatch, fused, operators, reference, streaming
 from .checks import as_scalar, check_normalizer, check_positive, check_rank, check_whole, describe
 from .config import rank_of
 
@@ -49,7 +49,9 @@ def consistency_loss(
     with torch.autocast(student.device.type, enabled=False):
         if impl == "reference":
             return reference.consistency(_wide(student, kept), _wide(teacher, kept), temperature) / norm
-        return _Consistency.apply(student, teacher, temperature, kept, norm, fused if impl == "triton" else streaming)
+        return _Consistency.apply(
+            student, teacher, temperature, kept, norm, operators if impl == "triton" else streaming
+        )
 
 
 class _Consistency(torch.autograd.Function):
@@ -101,7 +103,7 @@ def diversity_loss(
     with torch.autocast(z.device.type, enabled=False):
         if impl == "reference":
             return reference.diversity(_wide(z, kept), top_k) / norm
-        return _Diversity.apply(z, top_k, kept, norm, fused if impl == "triton" else streaming)
+        return _Diversity.apply(z, top_k, kept, norm, operators if impl == "triton" else streaming)
 
 
 class _Diversity(torch.autograd.Function):

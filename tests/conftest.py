@@ -40,12 +40,25 @@ def problem(n, d, vocab, *, dtype=torch.float64, distance=0.3, scale=1.0, seed=0
     return hidden.to(dtype), teacher.to(dtype), weight.to(dtype), labels
 
 
+def there(impl, *tensors):
+    """Tensors where the implementation runs: the kernels on a CUDA device, where there is one."""
+    if impl != "triton" or not torch.cuda.is_available():
+        return tensors
+    return tuple(None if t is None else t.cuda() for t in tensors)
+
+
+def here(found, like):
+    """An output of the objective on the device of ``like``."""
+    return type(found)(*(None if t is None else t.to(like.device) for t in found))
+
+
 def run(hidden, teacher, weight, labels, config, impl, normalizer=None):
     """(output, gradient by hidden) of the objective."""
-    hidden = hidden.clone().requires_grad_()
-    out = F.linear_objective(hidden, teacher, LinearHead(weight), labels, config, normalizer=normalizer, impl=impl)
+    leaf = hidden.clone().requires_grad_()
+    h, teacher, weight, labels = there(impl, leaf, teacher, weight, labels)
+    out = F.linear_objective(h, teacher, LinearHead(weight), labels, config, normalizer=normalizer, impl=impl)
     out.loss.backward()
-    return out, hidden.grad
+    return here(out, hidden), leaf.grad
 
 
 def assert_within_budget(found, plain, exact, dtype, what=""):

@@ -12,7 +12,7 @@ from balora import LinearHead, fused
 from balora import functional as F
 
 from . import test_head, test_losses, test_streaming
-from .conftest import ALL_TERMS, only, problem, run
+from .conftest import ALL_TERMS, only, problem, run, there
 
 pytest.importorskip("triton")
 tiles = pytest.importorskip("balora_kernels.tiles")
@@ -74,15 +74,15 @@ def test_bf16_consistency_within_two_percent(distance):
 
     hidden, teacher, weight, labels = at_distance(distance, n=6, d=256, vocab=5000)
     _, exact = run(hidden.double(), teacher.double(), weight.double(), labels, ONLY_KL, "reference")
-    head = LinearHead(weight)
+    there_ = there("triton", hidden, teacher, weight, labels)
     exact_kl = F.linear_objective(
         hidden.double(), teacher.double(), LinearHead(weight.double()), labels, ONLY_KL, impl="reference"
     ).consistency
     _, ce = run(hidden.double(), None, weight.double(), labels, only("none"), "reference")
     huge = replace(ONLY_KL, lambda_consistency=1e12)
-    terms, gradients = fused.objective(hidden, teacher, head, None, labels, None, huge, HIDDEN)
+    terms, gradients = fused.objective(*there_[:2], LinearHead(there_[2]), None, there_[3], None, huge, HIDDEN)
     assert terms.consistency.item() / 6 == pytest.approx(exact_kl.item(), rel=0.02)
-    assert relative(gradients.hidden.double() / 1e12 / 6, exact - ce) < 0.02
+    assert relative(gradients.hidden.cpu().double() / 1e12 / 6, exact - ce) < 0.02
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 2), (2, 5, 64), (2, 5, 65), (5, 3, 4097)])
@@ -144,11 +144,11 @@ def test_rows_of_any_stride(small_tiles, name):
     expected, grad = test_losses.evaluate(loss, z, teacher, impl="triton", valid=valid)
     for view in (wide[:, :-1], z.view(2, 4, 90).mT.contiguous().mT, z.view(1, 2, 4, 90)):
         shaped = teacher.view(view.shape)
-        leaf = view.detach().requires_grad_()
-        found = loss(leaf, shaped, impl="triton", valid=valid)
+        leaf, shaped, mask = there("triton", view.detach(), shaped, valid)
+        found = loss(leaf.requires_grad_(), shaped, impl="triton", valid=mask)
         (found * 3).backward()
-        assert torch.equal(found, expected)
-        torch.testing.assert_close(leaf.grad.reshape(8, 90), 3 * grad)
+        assert torch.equal(found.cpu(), expected.cpu())
+        torch.testing.assert_close(leaf.grad.reshape(8, 90).cpu(), 3 * grad)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -175,10 +175,11 @@ def test_a_masked_vocabulary(small_tiles):
     config = replace(ALL_TERMS, lambda_svd=0.0)
 
     def evaluate(weight, bias, impl):
-        h = hidden.clone().requires_grad_()
-        out = F.linear_objective(h, teacher, LinearHead(weight, bias=bias), labels, config, impl=impl)
+        leaf = hidden.clone().requires_grad_()
+        h, t, w, b, y = there(impl, leaf, teacher, weight, bias, labels)
+        out = F.linear_objective(h, t, LinearHead(w, bias=b), y, config, impl=impl)
         out.loss.backward()
-        return out, h.grad
+        return out, leaf.grad
 
     found, grad = evaluate(weight, masked, "triton")
     expected, expected_grad = evaluate(weight[kept], None, "streaming")
@@ -188,11 +189,12 @@ def test_a_masked_vocabulary(small_tiles):
 
 def test_what_the_kernels_cannot_do():
     hidden, teacher, weight, labels = problem(3, 4, 300)
+    wide = there("triton", hidden, teacher, weight, labels)
     with pytest.raises(
         ValueError, match="^impl: 'triton' cannot run here: its arithmetic is float32, hidden is float64"
     ):
-        F.linear_objective(hidden, teacher, LinearHead(weight), labels, ALL_TERMS, impl="triton")
-    narrow = [x.float() for x in (hidden, teacher, weight)]
+        F.linear_objective(*wide[:2], LinearHead(wide[2]), wide[3], ALL_TERMS, impl="triton")
+    *narrow, labels = there("triton", *(x.float() for x in (hidden, teacher, weight)), labels)
     for change, message in (
         (dict(diversity="full"), "config.diversity is 'full'"),
         (dict(entropy_top_k=129), "config.entropy_top_k is 129, it has 128 at most"),
@@ -202,19 +204,69 @@ def test_what_the_kernels_cannot_do():
                 narrow[0], narrow[1], LinearHead(narrow[2]), labels, replace(ALL_TERMS, **change), impl="triton"
             )
     with pytest.raises(ValueError, match="top_k is 200, it has 128 at most"):
-        F.diversity_loss(torch.randn(3, 300), top_k=200, impl="triton")
-    assert F.diversity_loss(torch.randn(3, 100), top_k=200, impl="triton").isfinite()  # K is min(200, V)
+        F.diversity_loss(*there("triton", torch.randn(3, 300)), top_k=200, impl="triton")
+    assert F.diversity_loss(*there("triton", torch.randn(1, 100)), top_k=200, impl="triton").isfinite()  # min(K, V)
     with pytest.raises(ValueError, match="the logits are float64"):
-        F.consistency_loss(torch.randn(3, 5).double(), torch.randn(3, 5).double(), impl="triton")
+        F.consistency_loss(*there("triton", *torch.randn(2, 3, 5).double()), impl="triton")
 
 
 def test_without_a_gradient_and_without_a_valid_token():
     inputs = problem(4, 8, 70, dtype=torch.float32)
-    head = LinearHead(inputs[2])
+    moved = there("triton", *inputs)
     with torch.no_grad():
-        out = F.linear_objective(inputs[0], inputs[1], head, inputs[3], ALL_TERMS, impl="triton")
+        out = F.linear_objective(moved[0], moved[1], LinearHead(moved[2]), moved[3], ALL_TERMS, impl="triton")
     expected, _ = run(*inputs, ALL_TERMS, "streaming")
     assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
     none, grad = run(*inputs[:3], torch.full((4,), -100), ALL_TERMS, "triton")
     assert none.loss.item() == 0
     assert not grad.any()
+
+
+def test_rows_are_masked_where_nothing_may_wait(small_tiles):
+    """As in a captured CUDA graph: nobody asks the device how many rows are valid."""
+    hidden, teacher, weight, labels = there("triton", *problem(6, 16, 131, dtype=torch.float32, ignored=2))
+    need = (True, True, False, False, False)
+    kept = (labels >= 0).nonzero().squeeze(-1)
+    masked, grads = fused.objective(
+        hidden, teacher, LinearHead(weight), None, labels, None, ALL_TERMS, need, masked=True
+    )
+    expected, expected_grads = fused.objective(hidden, teacher, LinearHead(weight), None, labels, kept, ALL_TERMS, need)
+    torch.testing.assert_close(masked, expected, rtol=1e-6, atol=1e-6)
+    for found, exact in zip(grads[:2], expected_grads[:2], strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6)
+    assert not grads.hidden[labels < 0].any()
+
+
+@pytest.mark.parametrize("impl", ["streaming", "triton"])
+def test_torch_compile_of_the_objective(impl):
+    """As one graph, with the gradients of a trained head, labels that are ignored, and another λ on the next step."""
+    hidden, teacher, weight, labels = there(impl, *problem(5, 16, 70, dtype=torch.float32, ignored=1))
+    weight.requires_grad_()
+    head = LinearHead(weight, bias=torch.zeros_like(weight[:, 0]))
+    own = LinearHead(weight.detach().clone())
+
+    def objective(h, t, y, config):
+        return F.linear_objective(h, t, head, y, config, teacher_head=own, impl=impl)
+
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    for config in (ALL_TERMS, replace(ALL_TERMS, lambda_consistency=0.2, svd_rank=0.3)):
+        h = hidden.clone().requires_grad_()
+        expected = objective(h, teacher, labels, config)
+        expected_grads = torch.autograd.grad(expected.loss, (h, weight))
+        found = compiled(h, teacher, labels, config)
+        grads = torch.autograd.grad(2 * found.loss, (h, weight))
+        torch.testing.assert_close(tuple(found), tuple(expected))
+        torch.testing.assert_close(grads, tuple(2 * g for g in expected_grads))
+
+
+def test_torch_compile_of_the_losses_on_logits():
+    z, teacher, valid = there("triton", *torch.randn(2, 4, 70), torch.tensor([1, 0, 1, 1]).bool())
+
+    def losses(z):
+        return F.consistency_loss(z, teacher, impl="triton", valid=valid) + F.diversity_loss(z, 5, impl="triton")
+
+    z.requires_grad_()
+    expected = losses(z)
+    found = torch.compile(losses, fullgraph=True, backend="aot_eager")(z)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, z)[0] for x in (found, expected)))

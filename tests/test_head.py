@@ -9,7 +9,7 @@ from balora import BALoraConfig, LinearHead, batch, reference, rows, spectral, s
 from balora import functional as F
 from balora.head import Linear
 
-from .conftest import ALL_TERMS, assert_terms_within_budget, assert_within_budget, only, problem
+from .conftest import ALL_TERMS, assert_terms_within_budget, assert_within_budget, here, only, problem, there
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("hidden", "weight", "bias", "lora_a", "lora_b")
@@ -51,15 +51,18 @@ def evaluate(inputs, other, teacher, labels, config, impl, wide=False, trained=N
     """(output, gradients by name) of the objective."""
     to = (lambda t: t.double()) if wide else (lambda t: t)
     leaves = {name: to(t).detach().clone().requires_grad_(name in trained) for name, t in inputs.items()}
-    lora = (leaves["lora_a"], leaves["lora_b"], 0.5) if "lora_a" in leaves else None
-    head = LinearHead(leaves["weight"], bias=leaves.get("bias"), lora=lora, **other)
+    used = dict(zip(leaves, there(impl, *leaves.values()), strict=True))
+    lora = (used["lora_a"], used["lora_b"], 0.5) if "lora_a" in leaves else None
+    head = LinearHead(used["weight"], bias=used.get("bias"), lora=lora, **other)
     if teacher_head is not None:
-        teacher_head = LinearHead(to(teacher_head.weight), softcap=teacher_head.softcap, scale=teacher_head.scale)
+        (weight,) = there(impl, to(teacher_head.weight))
+        teacher_head = LinearHead(weight, softcap=teacher_head.softcap, scale=teacher_head.scale)
+    teacher, labels = there(impl, to(teacher), labels)
     out = F.linear_objective(
-        leaves["hidden"], to(teacher), head, labels, config, teacher_head=teacher_head, impl=impl, **kwargs
+        used["hidden"], teacher, head, labels, config, teacher_head=teacher_head, impl=impl, **kwargs
     )
     out.loss.backward()
-    return out, {name: leaf.grad for name, leaf in leaves.items() if name in trained}
+    return here(out, inputs["hidden"]), {name: leaf.grad for name, leaf in leaves.items() if name in trained}
 
 
 def check(problem_, config, dtype, by="streaming", **kwargs):

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "spectral": {"torch"},
     "batch": {"torch", "balora.spectral"},
     "head": {"torch", "balora.checks", "balora.spectral"},
+    "operators": {"torch", "balora.config", "balora.fused", "balora.head", "balora.streaming"},
     "fused": {"torch", "balora_kernels", "balora.head", "balora.spectral", "balora.streaming"},
     "streaming": {"torch", "balora.batch", "balora.config", "balora.head", "balora.rows", "balora.spectral"},
     "losses": {
@@ -36,6 +37,7 @@ MAY_IMPORT = {
         "balora.config",
         "balora.dispatch",
         "balora.fused",
+        "balora.operators",
         "balora.reference",
         "balora.streaming",
     },
@@ -45,6 +47,7 @@ MAY_IMPORT = {
         "balora.config",
         "balora.dispatch",
         "balora.fused",
+        "balora.operators",
         "balora.head",
         "balora.losses",
         "balora.reference",

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from balora import batch, reference, rows, streaming
 from balora import functional as F
 
-from .conftest import assert_within_budget
+from .conftest import assert_within_budget, there
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LOSSES = {
@@ -28,10 +28,13 @@ def logits(n, vocab, dtype=torch.float64, distance=0.5, seed=0):
 
 
 def evaluate(loss, z, teacher, **kwargs):
-    z = z.detach().clone().requires_grad_()
-    value = loss(z, teacher, **kwargs)
+    leaf = z.detach().clone().requires_grad_()
+    used, teacher, kwargs["valid"] = there(kwargs.get("impl"), leaf, teacher, kwargs.get("valid"))
+    if kwargs["valid"] is None:
+        del kwargs["valid"]
+    value = loss(used, teacher, **kwargs)
     value.backward()
-    return value, z.grad
+    return value.to(z.device), leaf.grad
 
 
 def check(loss, z, teacher, dtype, by="streaming", **kwargs):
@@ -176,13 +179,13 @@ def test_masked_columns(impl):
     torch.testing.assert_close(grad[:, kept], 2 * (log_q.exp() - log_p.exp()) / 6)
     assert not grad[:, both].any()
     teacher[:, 3] = 1.0
-    assert not F.consistency_loss(z, teacher, impl=impl).isfinite()
+    assert not F.consistency_loss(*there(impl, z, teacher), impl=impl).isfinite()
 
 
 @pytest.mark.parametrize("impl", ["streaming", "reference", "triton"])
 def test_awkward_logits(impl):
     equal = torch.zeros(3, 50)
-    value, grad = evaluate(lambda z, _: F.diversity_loss(z, 7, impl=impl), equal, None)
+    value, grad = evaluate(lambda z, _, impl: F.diversity_loss(z, 7, impl=impl), equal, None, impl=impl)
     assert value.item() == pytest.approx(-torch.tensor(7.0).log().item())
     assert grad.abs().max() < 1e-7  # equal probabilities are where the entropy is largest
     huge = torch.tensor([[1e4, -1e4, 0.0], [0.0, 1e4, 1e4]])
@@ -191,14 +194,16 @@ def test_awkward_logits(impl):
     assert value.item() == pytest.approx(exact.item(), rel=1e-6)
     torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-5, atol=1e-7)
     one_hot = torch.tensor([[200.0, 0.0], [0.0, 200.0]])
-    value, grad = evaluate(lambda z, t: F.consistency_loss(z, t, 1.0, impl=impl), one_hot, one_hot.flip(0))
+    value, grad = evaluate(
+        lambda z, t, impl: F.consistency_loss(z, t, 1.0, impl=impl), one_hot, one_hot.flip(0), impl=impl
+    )
     assert value.item() == pytest.approx(200.0)
     assert grad.flatten().tolist() == pytest.approx([0.5, -0.5, -0.5, 0.5])
     if impl != "triton":
         zero, grad = evaluate(lambda z, _: F.svd_loss(z, 2, impl=impl), torch.zeros(4, 3), None)
         assert zero.item() == 0
         assert not grad.any()
-    single = F.consistency_loss(torch.randn(4, 1), torch.randn(4, 1), impl=impl)
+    single = F.consistency_loss(*there(impl, torch.randn(4, 1), torch.randn(4, 1)), impl=impl)
     assert abs(single.item()) < 1e-12
 
 
