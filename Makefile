@@ -2,7 +2,8 @@
 # make test   set everything up, run the tests; ends with the branches of balora/ that no test takes
 # make bench  linear_objective against its peers, and the microbenchmarks, on this machine
 # make lint   ruff and mypy
-# make gpu    the GPU tests, with the Python at hand and nothing to download
+# make gpu    the GPU tests, then the benchmarks to benchmarks/results/, with the Python at hand and nothing to download
+# make gpu-sanitize  a few GPU tests under compute-sanitizer (memcheck, racecheck)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ RUN ?= runs/demo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu gpu-sanitize clean
 
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore::FutureWarning $(BIN)/python examples/demo.py --data $(DATA) --output_dir $(RUN)
@@ -26,10 +27,23 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/linear_objective.py
+	$(BIN)/python benchmarks/logit_losses.py
 	$(BIN)/python -m pytest benchmarks/test_micro.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
+GPU := HF_HUB_OFFLINE=1 PYTHONPATH=.:kernels:benchmarks $(PYTHON)
+RESULTS ?= benchmarks/results
+
 gpu:
-	HF_HUB_OFFLINE=1 PYTHONPATH=.:kernels $(PYTHON) -m pytest tests/gpu
+	$(GPU) -m pytest -q tests/gpu tests/test_fused.py tests/test_kernels.py -k "not compiles_without_a_spill"
+	$(GPU) benchmarks/linear_objective.py --out $(RESULTS)/linear-objective-gpu
+	$(GPU) benchmarks/logit_losses.py --out $(RESULTS)/logit-losses-gpu
+	$(GPU) -m pytest -q tests/gpu/test_kernels.py -k two_percent -rP | grep "^KL" > $(RESULTS)/kl-accuracy-gpu.txt
+
+gpu-sanitize:
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(GPU:$(PYTHON)=compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON)) \
+	    -m pytest -q tests/test_fused.py -k "budget and all or losses_on_logits or awkward" || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info .coverage .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -49,7 +49,7 @@ def gate(run: Run, plain: Run, exact: Run, dtype: torch.dtype) -> tuple[bool, di
 
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each run, `rounds` times, one after the other within a round."""
+    """Seconds of each run, `rounds` times, one after the other within a round: by device events on CUDA."""
     for run in runs.values():
         for _ in range(warm_up):
             run()
@@ -59,12 +59,34 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int, warm_up: int
         for name, run in runs.items():
             gc.collect()
             synchronize()
-            start = time.perf_counter()
-            run()
-            synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(_device_seconds(run) if torch.cuda.is_available() else _seconds(run))
     progress("")
     return seconds
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _device_seconds(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy of 1 GiB on the device (64 MiB on a CPU): the median of 20."""
+    size = 2**30 if torch.cuda.is_available() else 2**26
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.randint(255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    ms, _ = median_and_spread(interleaved({"copy": lambda: target.copy_(source)}, 20)["copy"])
+    return 2 * size / ms * 1e3
 
 
 def median_and_spread(seconds: list[float]) -> tuple[float, float]:
