@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import spectral, streaming
+from .config import rank_of
 from .head import Linear
 
 # Logits, difference logits, gradient of a chunk. 682 rows of V = 131,072: long enough for the products to be bound by
@@ -22,6 +23,7 @@ from .head import Linear
 CHUNK_BYTES = 512 * 2**20
 TOP_K_MAX = 128  # of the kernels
 STATS = 8  # numbers of a row that they keep for the gradient
+_RANK_MAX = 54  # of the SVD term without waiting for the device: of 64 columns ten are spare
 _WIDENED_BYTES = 32 * 2**20
 _LARGEST_HALF = 2.0**14  # a quarter of what float16 holds: room for the sum of the terms of a gradient
 
@@ -44,6 +46,12 @@ class _Run(streaming.Run):
         self.masked = masked
         if masked:
             self.valid_rows = (self.labels >= 0).sum()
+            waits = self.whole or (self.config.lambda_svd != 0 and self.small(min(self.n, self.vocab)) is None)
+            if waits and self.hidden.is_cuda:
+                raise ValueError(
+                    "config: a term of the whole batch that takes the logits themselves, the nuclear norm or an "
+                    f"svd_rank above {_RANK_MAX} waits for the device, which a captured CUDA graph cannot"
+                )
 
     def token_terms(self) -> tuple[Tensor, Tensor, Tensor]:
         from balora_kernels import rows, tiles
@@ -197,6 +205,18 @@ class _Run(streaming.Run):
         assert total is not None
         return total
 
+    def small(self, count: int) -> Any:
+        """On a device the kernels for small matrices: a decomposition by torch waits for it, and takes longer."""
+        from balora_kernels import eigh
+
+        config = self.config
+        fits = self.d + self._extra_columns() <= eigh.LARGEST
+        fits = fits or spectral.waits_for_nothing(rank_of(config.svd_rank, count), eigh) > 0
+        return eigh if _never_waits(self.hidden) and config.svd_norm == "fro" and fits else None
+
+    def _extra_columns(self) -> int:
+        return 0 if self.linear.extra is None else self.linear.extra.shape[1]
+
     def _x(self, h: Tensor, start: int) -> Tensor:
         x = self.x(h.to(self.dtype))
         return x * (self.labels[start : start + len(h), None] >= 0) if self.masked else x
@@ -215,6 +235,10 @@ class _Run(streaming.Run):
                 dx.add_(found, alpha=scale**2)
         else:
             dx += (self._x(h, start).to(k.dtype) @ k * scale).to(self.dtype)
+
+
+def _never_waits(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -142,6 +142,10 @@ class Run:
             self.x(self.pick(self.hidden, i, min(i + step, self.n)).to(self.dtype)) for i in range(0, self.n, step)
         )
 
+    def small(self, count: int) -> Any:
+        """What decomposes small matrices for the SVD term; None for torch."""
+        return None
+
     def linear_svd(self) -> Tensor | None:
         """The SVD term from [d, d] matrices; its gradient is kept as K, or added to those of a trained head."""
         config = self.config
@@ -158,6 +162,7 @@ class Run:
             variance=config.svd_variance,
             iterate=self.dtype,
             need_weight_grad=self.trained_head,
+            small=self.small(count),
         )
         weight = config.lambda_svd * self.valid_rows
         if self.grad_hidden is not None or self.grad_a is not None:

@@ -23,7 +23,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # read when the kernels are imported
 import harness
 import torch
 import triton
-from balora_kernels import rows
+from balora_kernels import eigh, rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -171,7 +171,14 @@ def rows_case(
     return call
 
 
+def small_case(n: int):
+    matrix = torch.empty(n, n)
+    return lambda: (eigh.eigh(matrix), eigh.inverse_factor(matrix))
+
+
 CASES = {
+    "SVD term": small_case(32),
+    "SVD term, k above 22": small_case(64),
     "objective": rows_case(131072),
     "objective, V 32,000": rows_case(32000),
     "objective, V 256,000": rows_case(256000),

@@ -4,11 +4,12 @@ Values and every gradient against the reference in float64, awkward logits, chun
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from balora import LinearHead, fused
+from balora import LinearHead, fused, spectral
 from balora import functional as F
 
 from . import test_head, test_losses, test_streaming
@@ -270,3 +271,37 @@ def test_torch_compile_of_the_losses_on_logits():
     found = torch.compile(losses, fullgraph=True, backend="aot_eager")(z)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(x, z)[0] for x in (found, expected)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "bias"])
+def test_the_svd_term_as_on_a_device(monkeypatch, small_tiles, kind, masked):
+    """With the kernels for small matrices."""
+    monkeypatch.setattr(fused, "_never_waits", lambda tensor: True)
+    used = []
+    term = spectral.svd_term
+    monkeypatch.setattr(spectral, "svd_term", lambda *a, **k: used.append(k["small"]) or term(*a, **k))
+    inputs, other, teacher, labels = test_head.tensors(kind, torch.float32, n=9, vocab=70)
+    kwargs = dict(trained=("hidden", "weight"))
+    if masked:
+        masked_objective = partial(fused.objective, masked=True)
+        monkeypatch.setattr(fused, "objective", lambda *a, masked: masked_objective(*a))
+        kwargs["normalizer"] = float((labels >= 0).sum())
+        monkeypatch.setattr(F, "_is_captured", lambda tensor: True)
+    found, grads = test_head.evaluate(inputs, other, teacher, labels, ALL_TERMS, "triton", **kwargs)
+    exact, exact_grads = test_head.evaluate(inputs, other, teacher, labels, ALL_TERMS, "reference", wide=True, **kwargs)
+    assert used[0] is not None
+    assert found.svd.item() == pytest.approx(exact.svd.item(), rel=1e-5)
+    assert found.n_valid == exact.n_valid
+    for name, grad in grads.items():
+        assert (grad - exact_grads[name]).norm() < 1e-3 * exact_grads[name].norm(), name
+
+
+def test_what_a_captured_graph_cannot_do(monkeypatch):
+    hidden, teacher, weight, labels = problem(4, 8, 30, dtype=torch.float32)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(fused, "_never_waits", lambda tensor: True)
+    need = (True, False, False, False, False)
+    for config in (replace(ALL_TERMS, svd_norm="nuclear"), replace(ALL_TERMS, diversity="covariance")):
+        with pytest.raises(ValueError, match="which a captured CUDA graph cannot"):
+            fused.objective(hidden, teacher, LinearHead(weight), None, labels, None, config, need, masked=True)

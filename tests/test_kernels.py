@@ -13,7 +13,9 @@ from .test_imports import ROOT
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 rows = pytest.importorskip("balora_kernels.rows")
-from balora_kernels import numerics, tiles  # noqa: E402
+from balora_kernels import eigh, numerics, tiles  # noqa: E402
+
+from balora import reference, spectral  # noqa: E402
 
 log1p, tanh, times_less, weighted_growth = numerics.log1p, numerics.tanh, numerics.times_less, numerics.weighted_growth
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,6 +159,67 @@ def test_every_kernel_compiles_without_a_spill():
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "compiled, none spills" in result.stdout
     lines = result.stdout.splitlines()
-    for kernel in ("tile_states", "merge", "gradient", "add_top"):
+    for kernel in ("tile_states", "merge", "gradient", "add_top", "jacobi", "cholesky_inverse"):
         for arch in (80, 90, 100):
             assert any(f"| {kernel}" in line and f"| sm_{arch}" in line for line in lines), (kernel, arch)
+
+
+def spectrum(n, decades, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 2 * n, generator=g) * torch.logspace(0, -decades, n)[:, None]
+    return (x @ x.T).to(DEVICE)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 20, 32, 61, 64])
+def test_eigenvalues_of_a_small_matrix(n):
+    a = spectrum(n, 3)
+    values, vectors = eigh.eigh(a)
+    exact = torch.linalg.eigvalsh(a.double().cpu()).flip(0)
+    assert (values.cpu() - exact).abs().max() <= 1e-5 * exact[0]
+    assert (vectors.T @ vectors - torch.eye(n, device=DEVICE)).abs().max() < 1e-4
+    assert (a @ vectors - vectors * values).abs().max() <= 1e-4 * exact[0]
+    assert torch.equal(values, values.sort(descending=True).values)
+
+
+def test_eigenvalues_of_awkward_matrices():
+    for a in (torch.zeros(5, 5), torch.ones(6, 6), torch.eye(7), torch.diag(torch.tensor([1.0, -2.0, 1.0]))):
+        values, vectors = eigh.eigh(a.to(DEVICE))
+        exact = torch.linalg.eigvalsh(a.double()).flip(0)
+        torch.testing.assert_close(values.cpu().double(), exact, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close((vectors * values) @ vectors.T, a.to(DEVICE), rtol=0, atol=1e-5)
+    broken = torch.ones(4, 4)
+    broken[1, 2] = broken[2, 1] = torch.nan
+    assert eigh.eigh(broken.to(DEVICE))[0].isnan().all()
+
+
+@pytest.mark.parametrize("n", [1, 5, 32, 64])
+def test_inverse_factor(n):
+    a = spectrum(n, 1)
+    found = eigh.inverse_factor(a)
+    assert not found.triu(1).any()
+    torch.testing.assert_close(found @ a @ found.T, torch.eye(n, device=DEVICE), rtol=0, atol=1e-3)
+    if n > 1:
+        a[:, 1] = a[1, :] = 0.0  # a direction that is not there
+        found = eigh.inverse_factor(a)
+        assert found.isfinite().all()
+        assert not found[1].any()
+
+
+@pytest.mark.parametrize(("d", "rows", "rank"), [(40, 100, 10), (150, 300, 10), (150, 7, 10), (200, 400, 40)])
+def test_the_svd_term_without_waiting_for_the_device(d, rows, rank):
+    """On a spectrum that falls, of full rank and of low."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, d, generator=g) * torch.logspace(0, -2, d)
+    weight = torch.randn(500, d, generator=g)
+    exact_z = (hidden.double() @ weight.double().T).requires_grad_()
+    count = min(rows, 500, d)
+    exact = reference.svd(exact_z, min(rank, count))
+    head = spectral.head_gram(weight)
+    head = spectral.HeadGram(*(m.float().to(DEVICE) for m in head))
+    s = (hidden.T @ hidden).to(DEVICE)
+    term = spectral.svd_term(s, head, min(rank, count), min(rows, 500), small=eigh)
+    assert term.value.item() == pytest.approx(exact.item(), rel=1e-4)
+    (exact_grad,) = torch.autograd.grad(exact, exact_z)
+    exact_grad = exact_grad @ weight.double()
+    grad = hidden @ spectral.gradient_matrix(term, head).cpu()
+    assert (grad - exact_grad).norm() < 2e-2 * exact_grad.norm()

@@ -14,7 +14,7 @@ from . import tiles
 from .numerics import LOG2E
 
 # a·b + c in one step: which is no default of later releases of triton
-_FUSED = {} if triton.knobs.runtime.interpret else {"enable_fp_fusion": True}
+FUSED = {} if triton.knobs.runtime.interpret else {"enable_fp_fusion": True}
 
 
 class Logits(NamedTuple):
@@ -70,11 +70,11 @@ def forward(
     flags = _flags(student, teacher, labels, temperature)
     numbers = _numbers(student, teacher, temperature)
     t = None if teacher is None else teacher.logits
-    with _on(z):
+    with on(z):
         kernels.tile_states[(n, cut.tiles)](
             z, t and t.values, student.bias, t and t.bias, labels, _bytes(valid), teacher and teacher.factor,
             states, maxima, n, vocab, cut.tiles, cut.blocks, *_strides(z), *_strides(t and t.values), *numbers,
-            **flags, TOP=top_k is not None, TILE=cut.tile, BLOCK=cut.block, num_warps=tiles.tile_warps(cut), **_FUSED,
+            **flags, TOP=top_k is not None, TILE=cut.tile, BLOCK=cut.block, num_warps=tiles.tile_warps(cut), **FUSED,
         )  # fmt: skip
         kp = tiles.power_of_two(max(top_k, 2)) if top_k else 0
         kernels.merge[(n,)](
@@ -82,7 +82,7 @@ def forward(
             n, vocab, cut.tiles, cut.blocks, *_strides(z), student.scale, numbers[2], numbers[4], top_k or 0,
             TEACHER=flags["TEACHER"], CAP=flags["CAP"], T=flags["T"], TILES=tiles.power_of_two(cut.tiles),
             BLOCK=cut.block, BLOCKS=max(tiles.power_of_two(cut.blocks), kp) if kp else 1, KP=kp,
-            num_warps=tiles.merge_warps(cut, top_k), **_FUSED,
+            num_warps=tiles.merge_warps(cut, top_k), **FUSED,
         )  # fmt: skip
     return Found(terms, stats, top_gradient, top_index)
 
@@ -113,12 +113,12 @@ def gradient(
     cut = tiles.tiling(vocab)
     flags = _flags(student, teacher, labels, temperature)
     t = None if teacher is None else teacher.logits
-    with _on(z):
+    with on(z):
         kernels.gradient[(n, cut.tiles)](
             z, t and t.values, student.bias, t and t.bias, labels, _bytes(valid), teacher and teacher.factor,
             found.stats, out, scale, vocab, *_strides(z), *_strides(t and t.values), *_strides(out),
             *_numbers(student, teacher, temperature), strength, out_scale,
-            **flags, TILE=cut.tile, num_warps=tiles.tile_warps(cut), **_FUSED,
+            **flags, TILE=cut.tile, num_warps=tiles.tile_warps(cut), **FUSED,
         )  # fmt: skip
         if found.top_gradient is not None and found.top_index is not None and lambda_diversity != 0:
             top_k = found.top_gradient.shape[1]
@@ -159,6 +159,6 @@ def _bytes(valid: Tensor | None) -> Tensor | None:
     return None if valid is None else valid.contiguous().view(torch.uint8)
 
 
-def _on(tensor: Tensor):
+def on(tensor: Tensor):
     """Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

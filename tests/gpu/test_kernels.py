@@ -127,15 +127,15 @@ def test_memory_beyond_inputs_and_gradients(shape):
     assert peak <= 600 * 2**20
 
 
-def test_a_captured_graph_replays_on_new_data():
-    """Without the SVD term, whose small eigenvalue problem waits for the device."""
-    hidden, teacher, weight, labels = problem(50, 64, 3001, dtype=torch.float32, ignored=9)
+@pytest.mark.parametrize("config", [TOKEN_TERMS, ALL_TERMS], ids=["without SVD", "all"])
+def test_a_captured_graph_replays_on_new_data(config):
+    hidden, teacher, weight, labels = problem(50, 100, 3001, dtype=torch.float32, ignored=9)
     inputs = [x.cuda() for x in (hidden, teacher, labels)]
     head = LinearHead(weight.cuda())
     inputs[0].requires_grad_()
 
     def step():
-        out = F.linear_objective(inputs[0], inputs[1], head, inputs[2], TOKEN_TERMS, impl="triton")
+        out = F.linear_objective(inputs[0], inputs[1], head, inputs[2], config, impl="triton")
         return out, torch.autograd.grad(out.loss, inputs[0])[0]
 
     stream = torch.cuda.Stream()
@@ -146,7 +146,7 @@ def test_a_captured_graph_replays_on_new_data():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, grad = step()
-    other = problem(50, 64, 3001, dtype=torch.float32, ignored=20, seed=3)
+    other = problem(50, 100, 3001, dtype=torch.float32, ignored=20, seed=3)
     with torch.no_grad():
         for tensor, new in zip(inputs, (other[0], other[1], other[3]), strict=True):
             tensor.copy_(new)
