@@ -18,8 +18,9 @@ from . import spectral, streaming
 from .config import rank_of
 from .head import Linear
 
-# Logits, difference logits, gradient of a chunk. 682 rows of V = 131,072: long enough for the products to be bound by
-# arithmetic (1364 operations for two bytes of W), and 12 chunks of 8192 rows.
+# Logits (float32), difference logits and, in their place, the gradient of a chunk. 640 rows of V = 131,072: the products
+# are bound by arithmetic (1280 operations for two bytes of W). Logits in bfloat16 would save 6 of 22 bytes a logit, and
+# make the error of CE's gradient 0.65 % instead of 0.13 % (N 128, d 1024, V 32,000, logits of size 4).
 CHUNK_BYTES = 512 * 2**20
 TOP_K_MAX = 128  # of the kernels
 STATS = 8  # numbers of a row that they keep for the gradient

@@ -1,7 +1,7 @@
 """Rows of logits in three passes: the states of tiles, their merge, the gradient.
 
 A row of V logits is cut into tiles of a width that depends on V alone. ``tile_states`` reads each tile once and leaves
-seven numbers of it, ``merge`` combines those of a row in the order of the tiles, ``gradient`` reads the logits again
+nine numbers of it, ``merge`` combines those of a row in the order of the tiles, ``gradient`` reads the logits again
 and writes the gradient. So few rows still fill a device, the same logits give the same bits however they are chunked,
 and nothing is summed by atomics. ``merge`` is also the seam for a vocabulary that is spread over devices: the states
 and block maxima of all of it, gathered, are all that it needs, but for the logits of the label and of K blocks.
@@ -27,6 +27,8 @@ STATES = 9
 # Of a row, for the gradient: m, m at temperature 1, 1/L, 1/L at temperature 1, c, log(1 + S/L), m + c. 32 bytes.
 STATS = tl.constexpr(8)
 _REACH = tl.constexpr(12.0)
+_WIDE = tl.constexpr(64.0)
+_HIDDEN = tl.constexpr(-1e7)  # a tile whose logits are all below counts as masked, as with −∞ or the least float
 _MASKED = tl.constexpr(-150.0)  # the a of an entry that the teacher masks: 2^−150 is 0
 _NOWHERE = tl.constexpr(-1e30)  # the c of a tile that the teacher masks as a whole
 _LOG2E = tl.constexpr(LOG2E)
@@ -52,12 +54,14 @@ def _is_valid(row, labels_ptr, valid_ptr):
 
 
 @triton.jit
-def _logits(ptr, bias_ptr, columns, mask, scale, cap, CAP: tl.constexpr):
+def _logits(ptr, bias_ptr, columns, mask, scale, cap, CAP: tl.constexpr, SCALED: tl.constexpr):
     """z = cap·tanh(v) with v = scale·(a + b)/cap, then tanh(v) and v; −∞ beyond the mask."""
     a = tl.load(ptr, mask=mask, other=float("-inf")).to(tl.float32)
     if bias_ptr is not None:
         a += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    v = a * scale
+    v = a
+    if SCALED:
+        v = tl.where(mask, a * scale, float("-inf"))  # of a scale below 0 too
     th = v
     z = v
     if CAP:
@@ -70,7 +74,7 @@ def _logits(ptr, bias_ptr, columns, mask, scale, cap, CAP: tl.constexpr):
 @triton.jit
 def _teacher(
     ptr, bias_ptr, columns, mask, scale, cap, factor_ptr, th, v, student_cap,
-    TEACHER: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
+    TEACHER: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """z_P where the teacher has logits of its own, else z_P − z.
 
@@ -78,9 +82,11 @@ def _teacher(
     small difference; a large one is subtracted.
     """
     if TEACHER == LOGITS:
-        z, _, _ = _logits(ptr, bias_ptr, columns, mask, scale, cap, TEACHER_CAP)
+        z, _, _ = _logits(ptr, bias_ptr, columns, mask, scale, cap, TEACHER_CAP, SCALED)
         return z
-    d = tl.load(ptr, mask=mask, other=0.0).to(tl.float32) * scale
+    d = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    if SCALED:
+        d *= scale
     if factor_ptr is not None:
         d *= tl.load(factor_ptr)
     if CAP:
@@ -92,20 +98,20 @@ def _teacher(
 
 
 @triton.jit
-def _apart(z, t, k, c, TEACHER: tl.constexpr):
-    """a = δ − c. An entry that the teacher masks is far below; one that both mask has no weight."""
-    if TEACHER == DIFFERENCE:
-        return times_less(t, k, c)
-    a = times_less(t - z, k, c)
-    return tl.where(a > _MASKED, a, _MASKED)  # of NaN, −∞ − (−∞), too; a NaN of the teacher is in its maximum
+def _at_least(a):
+    """An entry that the teacher masks is far below; NaN, which −∞ − (−∞) is where both mask, has no weight there. A NaN
+    of the teacher itself is in its maximum."""
+    return tl.where(a > _MASKED, a, _MASKED)
 
 
 @triton.jit
-def _grown(y, u, t, k, t_base, shift, TEACHER: tl.constexpr):
-    """e^(x−m) e^u with u = a − shift: of logits that are far apart both factors lose digits that z_P has."""
-    if TEACHER == DIFFERENCE:
-        return power2(y + u)
-    return power2(times_less(t, k, t_base) - shift)
+def _apart(z, t, y, t_y, k, c):
+    """a = δ − c from both logits, or, where a large c would cost it digits, from what they are above their bases."""
+    if tl.abs(c) > _WIDE:
+        a = t_y - y
+    else:
+        a = times_less(t - z, k, c)
+    return _at_least(a)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -115,7 +121,8 @@ def tile_states(
     z_inner, z_outer_stride, z_inner_stride, z_stride,
     t_inner, t_outer_stride, t_inner_stride, t_stride,
     scale, t_scale, cap, t_cap, k,
-    TEACHER: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, T: tl.constexpr, TOP: tl.constexpr,
+    TEACHER: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, SCALED: tl.constexpr,
+    TEACHER_SCALED: tl.constexpr, T: tl.constexpr, TOP: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -125,7 +132,7 @@ def tile_states(
         columns = tile * TILE + local  # [TILE / BLOCK, BLOCK]
         mask = columns < vocab
         z_at = z_ptr + _row_offset(row, z_inner, z_outer_stride, z_inner_stride) + columns.to(tl.int64) * z_stride
-        z, th, v = _logits(z_at, bias_ptr, columns, mask, scale, cap, CAP)
+        z, th, v = _logits(z_at, bias_ptr, columns, mask, scale, cap, CAP, SCALED)
         best = maximum(z, 1)
         if TOP:
             block = tile * (TILE // BLOCK) + tl.arange(0, TILE // BLOCK)
@@ -134,46 +141,56 @@ def tile_states(
             state = states_ptr + row.to(tl.int64) * tiles + tile
             field = rows.to(tl.int64) * tiles
             top = maximum(best, 0)
-            masked = top == float("-inf")  # as a whole: L = 0
+            masked = top < _HIDDEN  # as a whole: L = 0
             base = tl.where(masked, 0.0, top * k)
             y = times_less(z, k, base)
             e = power2(y)
             part = total(e)
-            tl.store(state, top * k)
+            tl.store(state, tl.where(masked, float("-inf"), base))
             tl.store(state + 2 * field, part)
             if T == 2:
                 tl.store(state + 3 * field, total(e * e))
             if T == 3:
-                tl.store(state + 7 * field, top * _LOG2E)
-                tl.store(state + 3 * field, total(power2(times_less(z, _LOG2E, tl.where(masked, 0.0, top * _LOG2E)))))
+                base1 = tl.where(masked, 0.0, top * _LOG2E)
+                tl.store(state + 7 * field, tl.where(masked, float("-inf"), base1))
+                tl.store(state + 3 * field, total(power2(times_less(z, _LOG2E, base1))))
         if TEACHER != 0:
             t_at = t_ptr + _row_offset(row, t_inner, t_outer_stride, t_inner_stride) + columns.to(tl.int64) * t_stride
             t = _teacher(
-                t_at, t_bias_ptr, columns, mask, t_scale, t_cap, factor_ptr, th, v, cap, TEACHER, CAP, TEACHER_CAP
-            )
+                t_at, t_bias_ptr, columns, mask, t_scale, t_cap, factor_ptr, th, v, cap,
+                TEACHER, CAP, TEACHER_CAP, TEACHER_SCALED,
+            )  # fmt: skip
             if TEACHER == DIFFERENCE:
                 t_base = tl.max(tl.reshape(z + t, [TILE]), 0) * k
-            else:
-                t_base = maximum(tl.reshape(t, [TILE]), 0) * k
-            offset = tl.where(t_base == float("-inf"), _NOWHERE, t_base - base)
-            offset = tl.where(masked, 0.0, offset)
-            a = _apart(z, t, k, offset, TEACHER)
-            # an entry that the teacher alone masks must not move the mean far
-            mean = total(e * (a if TEACHER == DIFFERENCE else tl.maximum(a, -_REACH))) / part
-            mean = tl.where((tl.abs(mean) > _REACH) | masked, 0.0, mean)  # a NaN stays
-            c = offset + mean
-            t_total = base + c
-            if TEACHER == DIFFERENCE:
+                offset = tl.where(masked, 0.0, t_base - base)
+                a = times_less(t, k, offset)
+                mean = total(e * a) / part
+                mean = tl.where((tl.abs(mean) > _REACH) | masked, 0.0, mean)  # a NaN stays
+                c = offset + mean
                 a -= mean
+                grown = power2(y + a)
+                rise = grown * a
             else:
-                c = t_total - base  # the rounding of the sum is in c, then, and not between the two
-                a = _apart(z, t, k, c, TEACHER)
-                tl.store(state + 8 * field, t_total)
-            grown = _grown(y, a, t, k, t_total, 0.0, TEACHER)
+                t_top = maximum(tl.reshape(t, [TILE]), 0)
+                gone = t_top < _HIDDEN  # the teacher masks the tile as a whole
+                t_base = tl.where(gone, 0.0, t_top * k)
+                offset = t_base - base
+                # an entry that the teacher alone masks must not move the mean far
+                mean = total(e * tl.maximum(_at_least(times_less(t - z, k, offset)), -_REACH)) / part
+                mean = tl.where((tl.abs(mean) > _REACH) | masked, 0.0, mean)
+                t_total = base + (offset + mean)
+                c = t_total - base
+                t_y = times_less(t, k, t_total)
+                a = _apart(z, t, y, t_y, k, c)
+                grown = power2(t_y)
+                rise = tl.where(grown == 0.0, 0.0, grown * a)  # where the student alone masks a is ∞
+                t_base = tl.where(gone, float("-inf"), t_base)
+                c = tl.where(gone, _NOWHERE, c)
+                tl.store(state + 8 * field, tl.where(gone, float("-inf"), t_total))
             tl.store(state + field, t_base)
             tl.store(state + 4 * field, c)
             tl.store(state + 5 * field, total(weighted_growth(e, grown, a)))
-            tl.store(state + 6 * field, total(grown * a))
+            tl.store(state + 6 * field, total(rise))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -181,7 +198,7 @@ def merge(
     z_ptr, bias_ptr, labels_ptr, valid_ptr, states_ptr, maxima_ptr,
     terms_ptr, stats_ptr, top_gradient_ptr, top_index_ptr,
     rows, vocab, tiles, blocks, z_inner, z_outer_stride, z_inner_stride, z_stride, scale, cap, k, top_k,
-    TEACHER: tl.constexpr, CAP: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr,
+    TEACHER: tl.constexpr, CAP: tl.constexpr, SCALED: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Of one row: its terms CE, KL, −H; what ``gradient`` needs; the gradient of −H and where it belongs."""
@@ -223,7 +240,7 @@ def merge(
                     label = tl.load(labels_ptr + row)
                     known = (label >= 0) & (label < vocab)
                     label = tl.where(known, label, 0)
-                    labelled, _, _ = _logits(z_row + label * z_stride, bias_ptr, label, known, scale, cap, CAP)
+                    labelled, _, _ = _logits(z_row + label * z_stride, bias_ptr, label, known, scale, cap, CAP, SCALED)
                     tl.store(term, (tl.log2(whole1) - times_less(labelled, _LOG2E, base1)) * LN2)
             if TEACHER != 0:
                 offset = tl.max(tl.load(state + field, mask=here, other=float("-inf")), 0) - base
@@ -233,14 +250,16 @@ def merge(
                 near = tl.minimum(tl.maximum(centre - offset, -_REACH), _REACH)
                 c = offset + tl.sum(alpha * part * near, 0) / whole
                 t_total = base + c
-                if TEACHER == LOGITS:
-                    c = t_total - base
                 # a tile's sums with c in the place of its own: its a becomes a + h
-                h = centre - c
                 if TEACHER == DIFFERENCE:
+                    h = centre - c
                     beta = tl.exp2((bases - base) + h)
                 else:
-                    beta = tl.exp2(tl.load(state + 8 * field, mask=here, other=float("-inf")) - t_total)
+                    c = t_total - base
+                    t_bases = tl.load(state + 8 * field, mask=here, other=float("-inf"))
+                    hidden = (bases == float("-inf")) | (t_bases == float("-inf"))
+                    h = tl.where(hidden, centre - c, (t_bases - t_total) - (bases - base))
+                    beta = tl.exp2(t_bases - t_total)
                 surplus = tl.sum(beta * s + weighted_growth(alpha, beta, h) * part, 0) / whole
                 first = tl.sum(beta * (r + h * (part + s)), 0) / whole
                 shift = log1p(surplus)
@@ -256,7 +275,7 @@ def merge(
             block = largest_blocks(maxima, blocks, BLOCKS, KP)
             columns = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [KP, BLOCK]
             mask = columns < vocab
-            z, _, _ = _logits(z_row + columns.to(tl.int64) * z_stride, bias_ptr, columns, mask, scale, cap, CAP)
+            z, _, _ = _logits(z_row + columns.to(tl.int64) * z_stride, bias_ptr, columns, mask, scale, cap, CAP, SCALED)
             keys = tl.topk(tl.reshape(pack(comparable(z), columns, mask), [KP * BLOCK]), KP)
             chosen = rank < top_k
             value = tl.where(chosen, unpack_value(keys), float("-inf"))
@@ -284,7 +303,8 @@ def gradient(
     t_inner, t_outer_stride, t_inner_stride, t_stride,
     out_inner, out_outer_stride, out_inner_stride, out_stride,
     scale, t_scale, cap, t_cap, k, strength, out_scale,
-    TEACHER: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr,
+    TEACHER: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, SCALED: tl.constexpr,
+    TEACHER_SCALED: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """out = out_scale·(softmax(z) − onehot(label) + strength·(softmax(z/T) − softmax(z_P/T)))·dz/d(scale·(a + b))."""
     row = tl.program_id(0)
@@ -296,18 +316,24 @@ def gradient(
     g = tl.zeros([TILE], tl.float32)
     if _is_valid(row, labels_ptr, valid_ptr):
         z_at = z_ptr + _row_offset(row, z_inner, z_outer_stride, z_inner_stride) + columns.to(tl.int64) * z_stride
-        z, th, v = _logits(z_at, bias_ptr, columns, mask, scale, cap, CAP)
+        z, th, v = _logits(z_at, bias_ptr, columns, mask, scale, cap, CAP, SCALED)
         stat = stats_ptr + row.to(tl.int64) * STATS
         y = times_less(z, k, tl.load(stat))
         e = power2(y)
         if TEACHER != 0:
             t_at = t_ptr + _row_offset(row, t_inner, t_outer_stride, t_inner_stride) + columns.to(tl.int64) * t_stride
             t = _teacher(
-                t_at, t_bias_ptr, columns, mask, t_scale, t_cap, factor_ptr, th, v, cap, TEACHER, CAP, TEACHER_CAP
-            )
+                t_at, t_bias_ptr, columns, mask, t_scale, t_cap, factor_ptr, th, v, cap,
+                TEACHER, CAP, TEACHER_CAP, TEACHER_SCALED,
+            )  # fmt: skip
             shift = tl.load(stat + 5)
-            u = _apart(z, t, k, tl.load(stat + 4), TEACHER) - shift
-            grown = _grown(y, u, t, k, tl.load(stat + 6), shift, TEACHER)
+            if TEACHER == DIFFERENCE:
+                u = times_less(t, k, tl.load(stat + 4)) - shift
+                grown = power2(y + u)
+            else:
+                t_y = times_less(t, k, tl.load(stat + 6))
+                u = _apart(z, t, y, t_y, k, tl.load(stat + 4)) - shift
+                grown = power2(t_y - shift)
             # p_S − p_P = −p_S (e^u − 1), never from two rounded probabilities
             g = weighted_growth(e, grown, u) * (-strength * tl.load(stat + 2))
         if T != 0:

@@ -80,7 +80,7 @@ def forward(
         kernels.merge[(n,)](
             z, student.bias, labels, _bytes(valid), states, maxima, terms, stats, top_gradient, top_index,
             n, vocab, cut.tiles, cut.blocks, *_strides(z), student.scale, numbers[2], numbers[4], top_k or 0,
-            TEACHER=flags["TEACHER"], CAP=flags["CAP"], T=flags["T"], TILES=tiles.power_of_two(cut.tiles),
+            TEACHER=flags["TEACHER"], CAP=flags["CAP"], SCALED=flags["SCALED"], T=flags["T"], TILES=tiles.power_of_two(cut.tiles),
             BLOCK=cut.block, BLOCKS=max(tiles.power_of_two(cut.blocks), kp) if kp else 1, KP=kp,
             num_warps=tiles.merge_warps(cut, top_k), **FUSED,
         )  # fmt: skip
@@ -134,6 +134,8 @@ def _flags(student: Logits, teacher: Teacher | None, labels: Tensor | None, temp
         "TEACHER": 0 if teacher is None else (kernels.DIFFERENCE if teacher.difference else kernels.LOGITS).value,
         "CAP": student.cap is not None,
         "TEACHER_CAP": teacher is not None and teacher.logits.cap is not None,
+        "SCALED": student.scale != 1,
+        "TEACHER_SCALED": teacher is not None and teacher.logits.scale != 1,
         "T": 0 if labels is None else 1 if teacher is None else power,
     }
 
