@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
@@ -24,6 +25,7 @@ OPERATIONS = {
 _VARIABLE = "BALORA_IMPL"
 _ON_GPU = ("triton", "cuda")
 _CAPABILITY = (8, 0)
+_TRITON = (3, 6)
 _NONE: Mapping[str, str | None] = {}
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets")
 
@@ -34,6 +36,8 @@ def why_not(impl: str, device: torch.device | None = None) -> list[str]:
     if impl == "triton":
         if importlib.util.find_spec("triton") is None:
             reasons.append("triton is not installed (pip install triton)")
+        elif (found := _version("triton")) and _numbers(found) < _TRITON:
+            reasons.append(f"triton {found} is installed, 3.6 or newer is needed")
         if importlib.util.find_spec("balora_kernels") is None:
             reasons.append("balora_kernels is not importable (an installed balora has it; the source is in kernels/)")
         if _interprets():
@@ -41,7 +45,9 @@ def why_not(impl: str, device: torch.device | None = None) -> list[str]:
     if impl == "cuda":
         reasons.append("this version of balora has no CUDA extension")
     if impl in ("triton", "cuda"):
-        if not torch.cuda.is_available():
+        if torch.version.hip:
+            reasons.append("torch is built for ROCm, the kernels for CUDA")
+        elif not torch.cuda.is_available():
             reasons.append(
                 "torch sees no CUDA device"
                 if torch.version.cuda
@@ -155,6 +161,11 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(re.match(r"\d*", part)[0] or 0) for part in version.split(".")[:2])  # type: ignore[index]
 
 
 def _either(names: Any) -> str:

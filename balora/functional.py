@@ -70,10 +70,10 @@ def linear_objective(
     are clamped. Without a valid token the loss is a 0 that is still connected. A vocabulary masked by a bias of −∞ adds
     nothing to the terms of a token; the SVD term of infinite logits is NaN.
 
-    Memory beyond inputs and gradients is bounded whatever N (chunks of 72 MiB); a loss that is scaled before the
-    backward has its gradients twice for a moment. Terms of the whole batch that take the logits themselves (covariance,
-    normalized squares, SVD under a soft-cap or of a classifier with V < d) hold [N, N] or [V, V], and [N, d], besides;
-    of a soft-cap the SVD term costs three more products of N·V·d.
+    Memory beyond inputs and gradients is bounded whatever N (chunks of 72 MiB, on a CUDA device 448); a loss that is
+    scaled before the backward has its gradients twice for a moment. Terms of the whole batch that take the logits
+    themselves (covariance, normalized squares, SVD under a soft-cap or of a classifier with V < d) hold [N, N] or
+    [V, V], and [N, d], besides; of a soft-cap the SVD term costs three more products of N·V·d.
 
     From bfloat16 inputs the KL and its gradient are within 2 % up to a KL of about 10 per token; beyond, the rounding
     of the difference logits (1/512 of their size) shows.
@@ -94,7 +94,8 @@ def linear_objective(
             number over all micro-batches and ranks). Terms of the whole batch are weighted by n_valid / normalizer. A
             number must be above 0; of a tensor that is not checked, which would wait for the device.
         impl: "auto", "streaming", "triton" (CUDA devices, not for float64, ``diversity="full"`` or K above 128) or
-            "reference" (everything materialized, autograd: for tests). "auto" takes "triton" where that runs.
+            "reference" (everything materialized, autograd: for tests). "auto" takes "triton" where that runs. In a
+            CUDA graph "triton" leaves out no row before the products and checks no label; warm up before the capture.
 
     Returns:
         BALoraOutput(loss, ce, consistency, diversity, svd, n_valid).
@@ -111,8 +112,8 @@ def linear_objective(
     if config.lambda_consistency != 0 and teacher_hidden is not None:
         teacher_rows = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
     regression = labels.is_floating_point()
-    # The rows that do not count are left out before the products: that waits for the device once. Where a CUDA graph is
-    # captured nothing can wait; they are computed then, and masked.
+    # The rows that do not count are left out before the products: that waits for the device, for their number and for
+    # the range of the labels. Where a CUDA graph is captured nothing can wait; they are computed then, and masked.
     compiled = impl != "reference" and not regression and torch.compiler.is_compiling()  # then an operator does that
     masked = not compiled and impl == "triton" and not regression and _is_captured(hidden)
     kept = None
@@ -402,7 +403,7 @@ def _check(hidden, teacher_hidden, head, labels, config, teacher_head, normalize
 def _check_label_range(labels: Tensor, vocab: int) -> None:
     if labels.numel() == 0:
         return
-    low, high = labels.aminmax()
+    low, high = torch.stack(labels.aminmax()).tolist()  # at once: on a device it waits
     if low < 0 or high >= vocab:
-        worst = int(low if low < 0 else high)
+        worst = low if low < 0 else high
         raise ValueError(f"labels: expected {IGNORE_INDEX} or 0 to {vocab - 1} (the vocabulary), found {worst}")

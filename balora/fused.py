@@ -18,10 +18,11 @@ from . import spectral, streaming
 from .config import rank_of
 from .head import Linear
 
-# Logits (float32), difference logits and, in their place, the gradient of a chunk. 640 rows of V = 131,072: the products
-# are bound by arithmetic (1280 operations for two bytes of W). Logits in bfloat16 would save 6 of 22 bytes a logit, and
-# make the error of CE's gradient 0.65 % instead of 0.13 % (N 128, d 1024, V 32,000, logits of size 4).
-CHUNK_BYTES = 512 * 2**20
+# Logits (float32), difference logits and, in their place, the gradient of a chunk. 512 rows of V = 131,072: products
+# are bound by arithmetic (1024 operations for two bytes of W), and what else is there (the parts of H·K and of dH) fits
+# 600 MiB. Logits in bfloat16 would save 6 of 22 bytes a logit, and make the error of CE's gradient 0.65 % instead of
+# 0.13 % (N 128, d 1024, V 32,000, logits of size 4).
+CHUNK_BYTES = 448 * 2**20
 TOP_K_MAX = 128  # of the kernels
 STATS = 8  # numbers of a row that they keep for the gradient
 _RANK_MAX = 54  # of the SVD term without waiting for the device: of 64 columns ten are spare
@@ -44,15 +45,28 @@ class _Run(streaming.Run):
         # Products of half precision with float32 results; another mixture is widened, as ``Linear`` does it.
         hidden, weight = self.hidden.dtype, self.head.weight.dtype
         self.half = hidden if hidden == weight and hidden != torch.float32 else None
+        self.k_parts: tuple[Tensor, Tensor] | None = None
         self.masked = masked
         if masked:
             self.valid_rows = (self.labels >= 0).sum()
-            waits = self.whole or (self.config.lambda_svd != 0 and self.small(min(self.n, self.vocab)) is None)
-            if waits and self.hidden.is_cuda:
-                raise ValueError(
-                    "config: a term of the whole batch that takes the logits themselves, the nuclear norm or an "
-                    f"svd_rank above {_RANK_MAX} waits for the device, which a captured CUDA graph cannot"
-                )
+            self._refuse_what_waits()
+
+    def _refuse_what_waits(self) -> None:
+        """Terms of the whole batch that need the number of valid rows, or wait for a decomposition."""
+        config = self.config
+        svd = config.lambda_svd != 0
+        waits = self.whole or (svd and (isinstance(config.svd_rank, float) or config.svd_variance != 0))
+        if waits or (svd and self.hidden.is_cuda and self.small(min(self.n, self.vocab)) is None):
+            raise ValueError(
+                "config: a captured CUDA graph cannot wait for the device, as terms of the whole batch that take the "
+                "logits themselves (covariance, normalized squares, SVD under a soft-cap or with V < d), the nuclear "
+                f"norm, a fraction or more than {_RANK_MAX} as svd_rank, and svd_variance do"
+            )
+
+    def pick(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """Rows that are left out are zeros: not even a NaN in them counts."""
+        part = super().pick(tensor, start, stop)
+        return torch.where(self.labels[start:stop, None] >= 0, part, 0) if self.masked and part.dim() == 2 else part
 
     def token_terms(self) -> tuple[Tensor, Tensor, Tensor]:
         from balora_kernels import rows, tiles
@@ -184,18 +198,13 @@ class _Run(streaming.Run):
         """Whether the products of X have half precision operands; beside H it has no columns then."""
         return self.half is not None and self.hidden.is_cuda and self.linear.extra is None
 
-    def _rows(self, start: int, stop: int) -> Tensor:
-        """Hidden states, those of the rows that are left out as zeros."""
-        h = self.pick(self.hidden, start, stop)
-        return h * (self.labels[start:stop, None] >= 0) if self.masked else h
-
     def gram(self) -> Tensor:
         if not self._on_tensor_cores() and not self.masked:
             return super().gram()
         total = None
         step = max(1, CHUNK_BYTES // (16 * self.hidden.shape[1]))
         for start in range(0, self.n, step):
-            h = self._rows(start, min(start + step, self.n))
+            h = self.pick(self.hidden, start, min(start + step, self.n))
             if self._on_tensor_cores():
                 found = h.new_empty(self.d, self.d, dtype=torch.float32)
                 product(h.T, h, found)
@@ -225,16 +234,19 @@ class _Run(streaming.Run):
     def _add_svd(self, dx: Tensor, h: Tensor, start: int) -> None:
         """dx += scale·X·K."""
         assert self.k is not None
-        k, scale = self.k[:, : dx.shape[1]], self.linear.scale
+        scale = self.linear.scale
         if self._on_tensor_cores() and self.half == torch.bfloat16:
             # K in two parts keeps 16 bits of it; of the hidden states nothing is lost.
-            h = self._rows(start, start + len(h))
-            coarse = k.bfloat16()
+            if self.k_parts is None:
+                coarse = self.k.bfloat16()
+                self.k_parts = coarse, (self.k - coarse).bfloat16()
+                self.k = self.k_parts[0]
             found = torch.empty_like(dx)
-            for part in (coarse, (k - coarse).bfloat16()):
+            for part in self.k_parts:
                 product(h, part, found)
                 dx.add_(found, alpha=scale**2)
         else:
+            k = self.k[:, : dx.shape[1]]
             dx += (self._x(h, start).to(k.dtype) @ k * scale).to(self.dtype)
 
 

@@ -135,6 +135,7 @@ def rows_case(
     temperature: float = 2.0,
     cap: float | None = None,
     bias: bool = False,
+    scale: float = 1.0,
     factor: bool = False,
     out: torch.dtype = torch.bfloat16,
     valid: bool = False,
@@ -143,11 +144,11 @@ def rows_case(
     n = 8
     z = torch.empty(n, vocab, dtype=dtype)
     b = torch.empty(vocab) if bias else None
-    student = rows.Logits(z, b, 1.0, cap)
+    student = rows.Logits(z, b, scale, cap)
     t = None
     if teacher is not None:
         wide = dtype if teacher == "logits" else out
-        values = rows.Logits(torch.empty(n, vocab, dtype=wide), b, 1.0, cap if teacher == "logits" else None)
+        values = rows.Logits(torch.empty(n, vocab, dtype=wide), b, scale, cap if teacher == "logits" else None)
         t = rows.Teacher(values, teacher == "difference", torch.empty(1) if factor else None)
     y = torch.empty(n, dtype=torch.int64) if labels else None
     keep = torch.empty(n, dtype=torch.bool) if valid else None
@@ -156,7 +157,7 @@ def rows_case(
     def call() -> None:
         found = rows.forward(student, t, **common, top_k=None if top_k is None else min(top_k, vocab))
         if labels or teacher is not None:
-            scale = torch.empty(()) if not labels else None
+            factor_of_loss = torch.empty(()) if not labels else None
             rows.gradient(
                 student,
                 t,
@@ -165,7 +166,7 @@ def rows_case(
                 **common,
                 strength=0.05,
                 lambda_diversity=0.005,
-                scale=scale,
+                scale=factor_of_loss,
             )
 
     return call
@@ -184,6 +185,8 @@ CASES = {
     "objective, V 256,000": rows_case(256000),
     "objective, V 50,257": rows_case(50257),
     "objective, V 1,000,000": rows_case(1_000_000),
+    "objective, V 1,000,000, K 128": rows_case(1_000_000, top_k=128),
+    "objective, scale": rows_case(256000, scale=0.0625, top_k=None),
     "objective, a classifier": rows_case(3, top_k=20),
     "objective, K 128": rows_case(131072, top_k=128),
     "objective, K 1": rows_case(32000, top_k=1),

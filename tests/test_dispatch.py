@@ -111,6 +111,17 @@ def test_auto_takes_the_kernels_where_they_can_run(monkeypatch, a_gpu, operation
     assert dispatch.choose(operation, device=gpu) == "streaming"
     with pytest.raises(ValueError, match=r"compute capability 7.5, 8.0 or higher is needed"):
         dispatch.choose(operation, "triton", gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(dispatch, "_version", lambda package: "3.5.1")
+    with pytest.raises(ValueError, match=r"triton 3.5.1 is installed, 3.6 or newer is needed"):
+        dispatch.choose(operation, "triton", gpu)
+    for fine in ("3.6.0", "3.10.0+git1234", "4.0", None):
+        monkeypatch.setattr(dispatch, "_version", lambda package, fine=fine: fine)
+        assert dispatch.choose(operation, device=gpu) == "triton"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert dispatch.choose(operation, device=gpu) == "streaming"
+    with pytest.raises(ValueError, match="torch is built for ROCm"):
+        dispatch.choose(operation, "triton", gpu)
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # by name, on any device; never by itself
     assert dispatch.choose(operation, "triton", cpu) == "triton"
     assert dispatch.choose(operation, device=gpu) == "streaming"

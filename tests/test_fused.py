@@ -49,10 +49,13 @@ def test_every_head_trained_or_frozen(small_tiles, kind, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["plain", "everything"])
 def test_a_teacher_with_a_head_of_its_own(small_tiles, kind, dtype):
-    everything = test_head.tensors(kind, dtype, n=7, vocab=131)
+    # Of 18 problems the error is 0.3 of what is allowed in the mean; with seed 1 plain torch happens to have next to none.
+    everything = test_head.tensors(kind, dtype, n=7, vocab=131, seed=5)
     g = torch.Generator().manual_seed(7)
-    other = LinearHead(torch.randn(131, test_head.D, generator=g).to(dtype), softcap=3.0, scale=0.5)
-    test_head.check(everything, only("consistency"), dtype, by="triton", teacher_head=other)
+    weight, bias = torch.randn(131, test_head.D, generator=g).to(dtype), torch.randn(131, generator=g).to(dtype)
+    for options in (dict(softcap=3.0, scale=0.5), dict(scale=-0.5), dict()):
+        other = LinearHead(weight, bias=bias, **options)
+        test_head.check(everything, only("consistency"), dtype, by="triton", teacher_head=other)
 
 
 @pytest.mark.parametrize("variant", ["nlu_2024", "nlu_2025"])
@@ -226,6 +229,7 @@ def test_without_a_gradient_and_without_a_valid_token():
 def test_rows_are_masked_where_nothing_may_wait(small_tiles):
     """As in a captured CUDA graph: nobody asks the device how many rows are valid."""
     hidden, teacher, weight, labels = there("triton", *problem(6, 16, 131, dtype=torch.float32, ignored=2))
+    hidden[labels < 0], teacher[labels < 0] = torch.nan, torch.inf
     need = (True, True, False, False, False)
     kept = (labels >= 0).nonzero().squeeze(-1)
     masked, grads = fused.objective(
@@ -302,6 +306,90 @@ def test_what_a_captured_graph_cannot_do(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(fused, "_never_waits", lambda tensor: True)
     need = (True, False, False, False, False)
-    for config in (replace(ALL_TERMS, svd_norm="nuclear"), replace(ALL_TERMS, diversity="covariance")):
-        with pytest.raises(ValueError, match="which a captured CUDA graph cannot"):
+    for change in (
+        dict(svd_norm="nuclear"),
+        dict(diversity="covariance"),
+        dict(consistency="normalized_mse"),
+        dict(svd_rank=0.3),
+        dict(svd_variance=0.1),
+    ):
+        config = replace(ALL_TERMS, **change)
+        with pytest.raises(ValueError, match="config: a captured CUDA graph cannot wait"):
             fused.objective(hidden, teacher, LinearHead(weight), None, labels, None, config, need, masked=True)
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("who", ["both", "student", "teacher"])
+def test_whole_tiles_masked_by_a_large_number(small_tiles, who, value):
+    z, teacher = test_losses.logits(3, 301, torch.float32)
+    for tensor in {"both": (z, teacher), "student": (z,), "teacher": (teacher,)}[who]:
+        tensor[:, 60:260] = value
+    for temperature in (1.0, 2.0, 1.3):
+        loss = lambda z, t, **k: F.consistency_loss(z, t, temperature, **k)  # noqa: B023, E731
+        found, grad = test_losses.evaluate(loss, z, teacher, impl="triton")
+        exact, exact_grad = test_losses.evaluate(loss, z.double(), teacher.double(), impl="reference")
+        if exact.isfinite() and exact < 1e30:
+            assert found.item() == pytest.approx(exact.item(), rel=1e-5)
+        else:
+            assert not found < 1e30
+        kept = [*range(60), *range(260, 301)] if value == -torch.inf else slice(None)
+        torch.testing.assert_close(grad[:, kept].double(), exact_grad[:, kept], rtol=1e-5, atol=1e-7)
+    found, grad = test_losses.evaluate(LOSSES["diversity"], z, teacher, impl="triton")
+    exact, exact_grad = test_losses.evaluate(LOSSES["diversity"], z, teacher, impl="streaming")
+    torch.testing.assert_close(found, exact)
+    torch.testing.assert_close(grad, exact_grad)
+
+
+def test_a_student_that_masks_what_the_teacher_rules_out(small_tiles):
+    z, teacher = test_losses.logits(3, 301, torch.float32)
+    z[:, 5], teacher[:, 5] = -torch.inf, -1e4
+    found, grad = test_losses.evaluate(LOSSES["consistency"], z, teacher, impl="triton")
+    z[:, 5] = -1e4
+    exact, exact_grad = test_losses.evaluate(LOSSES["consistency"], z, teacher, impl="reference")
+    assert found.item() == pytest.approx(exact.item(), rel=1e-5)
+    torch.testing.assert_close(grad, exact_grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("offset", [10.0, 1000.0, -9000.0])
+@pytest.mark.parametrize("slope", [1.0, 1.01])
+def test_a_teacher_with_an_offset(small_tiles, offset, slope):
+    """It changes nothing: the error is that of rounding the teacher's logits, which plain torch has too."""
+    z, _ = test_losses.logits(4, 301, torch.float32)
+    teacher = slope * z + 0.1 * z.flip(1) + offset
+    test_losses.check(LOSSES["consistency at T = 1"], z, teacher, torch.float32, by="triton")
+
+
+@pytest.mark.parametrize("distance", [1e-6, 1e-3, 50.0])
+def test_float16_close_and_far(small_tiles, distance):
+    """Differences below the smallest float16, and gradients of small probabilities."""
+    hidden, teacher, weight, labels = problem(5, 16, 301, dtype=torch.float32, scale=8.0)
+    hidden = hidden.half().float()
+    hidden[:, 1:] = 0.0  # whose neighbours are close to each other
+    teacher = hidden.clone()
+    teacher[:, 1] = distance
+    config = only("consistency", lambda_consistency=3.0)
+    half = [x.half() for x in (hidden, teacher, weight)]
+    found, grad = run(*half, labels, config, "triton")
+    exact, exact_grad = run(*(x.double() for x in half), labels, config, "reference")
+    assert found.consistency.item() == pytest.approx(exact.consistency.item(), rel=5e-3)
+    assert (grad.double() - exact_grad).norm() < 2e-3 * exact_grad.norm()
+
+
+def test_small_probabilities_survive_float16(small_tiles):
+    """A row whose gradient but for two entries lies below 6e-8: their sum counts in dH."""
+    hidden, teacher, weight, labels = problem(3, 16, 1000, dtype=torch.float32)
+    weight[7] = 0.0
+    weight[7, 0], hidden[:, 0], labels[:] = 16.0, 1.25, 7
+    weight[:7, 0] = weight[8:, 0] = 0.0
+    weight[:, 1] = 4.0 * (weight[:, 0] == 0)
+    half = [x.half() for x in (hidden, teacher, weight)]
+    _, grad = run(*half, labels, only("none"), "triton")
+    _, exact_grad = run(*(x.double() for x in half), labels, only("none"), "reference")
+    assert exact_grad[:, 1].abs().max() < 1e-3
+    assert (grad.double() - exact_grad)[:, 1].abs().max() < 0.02 * exact_grad[:, 1].abs().max()
+
+
+def test_a_soft_cap_far_from_the_teacher(small_tiles):
+    inputs, _, _, labels = test_head.tensors("plain", torch.float32, n=5, vocab=131)
+    teacher = -3 * inputs["hidden"]
+    test_head.check((inputs, dict(softcap=2.5), teacher, labels), only("consistency"), torch.float32, by="triton")

@@ -19,6 +19,7 @@ KINDS = {
     "plain": dict(),
     "bias": dict(bias=True),
     "scale": dict(scale=0.125),
+    "scale below 0": dict(scale=-0.7, bias=True),
     "softcap": dict(softcap=2.5),
     "lora": dict(lora=True),
     "everything": dict(bias=True, scale=1.7, softcap=2.5, lora=True),
@@ -55,8 +56,9 @@ def evaluate(inputs, other, teacher, labels, config, impl, wide=False, trained=N
     lora = (used["lora_a"], used["lora_b"], 0.5) if "lora_a" in leaves else None
     head = LinearHead(used["weight"], bias=used.get("bias"), lora=lora, **other)
     if teacher_head is not None:
-        (weight,) = there(impl, to(teacher_head.weight))
-        teacher_head = LinearHead(weight, softcap=teacher_head.softcap, scale=teacher_head.scale)
+        bias = None if teacher_head.bias is None else to(teacher_head.bias)
+        weight, bias = there(impl, to(teacher_head.weight), bias)
+        teacher_head = LinearHead(weight, bias=bias, softcap=teacher_head.softcap, scale=teacher_head.scale)
     teacher, labels = there(impl, to(teacher), labels)
     out = F.linear_objective(
         used["hidden"], teacher, head, labels, config, teacher_head=teacher_head, impl=impl, **kwargs

@@ -27,7 +27,7 @@ STATES = 9
 # Of a row, for the gradient: m, m at temperature 1, 1/L, 1/L at temperature 1, c, log(1 + S/L), m + c. 32 bytes.
 STATS = tl.constexpr(8)
 _REACH = tl.constexpr(12.0)
-_WIDE = tl.constexpr(64.0)
+_WIDE = tl.constexpr(8.0)
 _HIDDEN = tl.constexpr(-1e7)  # a tile whose logits are all below counts as masked, as with −∞ or the least float
 _MASKED = tl.constexpr(-150.0)  # the a of an entry that the teacher masks: 2^−150 is 0
 _NOWHERE = tl.constexpr(-1e30)  # the c of a tile that the teacher masks as a whole
@@ -98,6 +98,17 @@ def _teacher(
 
 
 @triton.jit
+def _on_grid(base):
+    """A base on a grid of 2⁻¹⁰: up to 2¹⁴ the sums and differences of bases have no rounding, then."""
+    return tl.floor(base * 1024.0) * (1.0 / 1024.0)
+
+
+@triton.jit
+def _within(a):
+    return tl.minimum(tl.maximum(a, -_REACH), _REACH)
+
+
+@triton.jit
 def _at_least(a):
     """An entry that the teacher masks is far below; NaN, which −∞ − (−∞) is where both mask, has no weight there. A NaN
     of the teacher itself is in its maximum."""
@@ -107,11 +118,7 @@ def _at_least(a):
 @triton.jit
 def _apart(z, t, y, t_y, k, c):
     """a = δ − c from both logits, or, where a large c would cost it digits, from what they are above their bases."""
-    if tl.abs(c) > _WIDE:
-        a = t_y - y
-    else:
-        a = times_less(t - z, k, c)
-    return _at_least(a)
+    return _at_least(t_y - y if tl.abs(c) > _WIDE else times_less(t - z, k, c))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -142,7 +149,7 @@ def tile_states(
             field = rows.to(tl.int64) * tiles
             top = maximum(best, 0)
             masked = top < _HIDDEN  # as a whole: L = 0
-            base = tl.where(masked, 0.0, top * k)
+            base = tl.where(masked, 0.0, _on_grid(top * k))
             y = times_less(z, k, base)
             e = power2(y)
             part = total(e)
@@ -176,9 +183,9 @@ def tile_states(
                 t_base = tl.where(gone, 0.0, t_top * k)
                 offset = t_base - base
                 # an entry that the teacher alone masks must not move the mean far
-                mean = total(e * tl.maximum(_at_least(times_less(t - z, k, offset)), -_REACH)) / part
-                mean = tl.where((tl.abs(mean) > _REACH) | masked, 0.0, mean)
-                t_total = base + (offset + mean)
+                mean = total(e * _within(times_less(t - z, k, offset))) / part
+                mean = tl.where(masked, 0.0, mean)
+                t_total = _on_grid(base + (offset + mean))
                 c = t_total - base
                 t_y = times_less(t, k, t_total)
                 a = _apart(z, t, y, t_y, k, c)
@@ -247,15 +254,15 @@ def merge(
                 centre = tl.load(state + 4 * field, mask=here, other=0.0)
                 s = tl.load(state + 5 * field, mask=here, other=0.0)
                 r = tl.load(state + 6 * field, mask=here, other=0.0)
-                near = tl.minimum(tl.maximum(centre - offset, -_REACH), _REACH)
-                c = offset + tl.sum(alpha * part * near, 0) / whole
-                t_total = base + c
+                c = offset + tl.sum(alpha * part * _within(centre - offset), 0) / whole
                 # a tile's sums with c in the place of its own: its a becomes a + h
                 if TEACHER == DIFFERENCE:
                     h = centre - c
                     beta = tl.exp2((bases - base) + h)
                 else:
+                    t_total = _on_grid(base + c)
                     c = t_total - base
+                    tl.store(stat + 6, t_total)
                     t_bases = tl.load(state + 8 * field, mask=here, other=float("-inf"))
                     hidden = (bases == float("-inf")) | (t_bases == float("-inf"))
                     h = tl.where(hidden, centre - c, (t_bases - t_total) - (bases - base))
@@ -268,7 +275,6 @@ def merge(
                 tl.store(term + rows, (mean - log1p(surplus.to(tl.float64))).to(tl.float32))
                 tl.store(stat + 4, c)
                 tl.store(stat + 5, shift * _LOG2E)
-                tl.store(stat + 6, t_total)
                 tl.store(stat + 2, 1.0 / whole + (shift - shift))  # a NaN of the teacher reaches the gradient
         if KP != 0:
             maxima = maxima_ptr + row.to(tl.int64) * blocks

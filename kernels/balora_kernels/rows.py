@@ -80,7 +80,7 @@ def forward(
         kernels.merge[(n,)](
             z, student.bias, labels, _bytes(valid), states, maxima, terms, stats, top_gradient, top_index,
             n, vocab, cut.tiles, cut.blocks, *_strides(z), student.scale, numbers[2], numbers[4], top_k or 0,
-            TEACHER=flags["TEACHER"], CAP=flags["CAP"], SCALED=flags["SCALED"], T=flags["T"], TILES=tiles.power_of_two(cut.tiles),
+            **{name: flags[name] for name in ("TEACHER", "CAP", "SCALED", "T")}, TILES=tiles.power_of_two(cut.tiles),
             BLOCK=cut.block, BLOCKS=max(tiles.power_of_two(cut.blocks), kp) if kp else 1, KP=kp,
             num_warps=tiles.merge_warps(cut, top_k), **FUSED,
         )  # fmt: skip
@@ -104,7 +104,7 @@ def gradient(
     """out = out_scale·scale·the gradient of CE + strength·T·KL + λ₂·(−H) by the student's scale·(values + bias).
 
     Each logit is read once. A row that is not valid becomes 0. out has the shape of the logits, any type and strides;
-    it may be the teacher's values themselves. scale [] float32; the other arguments as in ``forward``.
+    it may be the values of the teacher or of the student themselves. scale [] float32; the others as in ``forward``.
     """
     z = student.values
     n, vocab = z.numel() // z.shape[-1], z.shape[-1]
