@@ -185,7 +185,6 @@ CASES = {
     "objective, V 256,000": rows_case(256000),
     "objective, V 50,257": rows_case(50257),
     "objective, V 1,000,000": rows_case(1_000_000),
-    "objective, V 1,000,000, K 128": rows_case(1_000_000, top_k=128),
     "objective, scale": rows_case(256000, scale=0.0625, top_k=None),
     "objective, a classifier": rows_case(3, top_k=20),
     "objective, K 128": rows_case(131072, top_k=128),

@@ -62,7 +62,7 @@ def reference_top_k(z, k):
     return values[:, :k], indices[:, :k]
 
 
-@pytest.mark.parametrize("k", [1, 3, 20, 33, 128])
+@pytest.mark.parametrize("k", [1, 3, 20, 128])
 def test_the_top_k_is_that_of_a_stable_sort(monkeypatch, k):
     monkeypatch.setattr(tiles, "_TILE", 256)
     g = torch.Generator().manual_seed(k)

@@ -204,7 +204,7 @@ def test_awkward_logits(impl):
         assert zero.item() == 0
         assert not grad.any()
     single = F.consistency_loss(*there(impl, torch.randn(4, 1), torch.randn(4, 1)), impl=impl)
-    assert abs(single.item()) < 1e-12
+    assert abs(single.item()) < 1e-11
 
 
 @pytest.mark.parametrize("offset", [2.5e3, 1e4, -1e4])
