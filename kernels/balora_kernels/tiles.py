@@ -49,8 +49,8 @@ def tile_warps(tiling: Tiling) -> int:
 
 
 def merge_warps(tiling: Tiling, top_k: int | None) -> int:
-    """Of the merge: 8 of the 64-bit keys that it sorts for a thread. With 16 it has a sixth fewer instructions, but some
-    releases of the compiler spill. K above 64 with V above 2¹⁸ has more keys than registers: it works, with spills."""
+    """Of the merge: 8 of the 64-bit keys that it sorts for a thread. With 16 it has a sixth fewer instructions, but the
+    compiler of some releases spills. K above 64 with V above 2¹⁸ has more keys than registers: it spills, and works."""
     if top_k is None:
         return 1
     keys = max(power_of_two(tiling.blocks), power_of_two(max(top_k, 2)) * tiling.block)
