@@ -204,7 +204,7 @@ def test_awkward_logits(impl):
         assert zero.item() == 0
         assert not grad.any()
     single = F.consistency_loss(*there(impl, torch.randn(4, 1), torch.randn(4, 1)), impl=impl)
-    assert abs(single.item()) < 1e-11
+    assert abs(single.item()) < 1e-9  # the kernels: their c is on a grid of 2⁻¹⁰
 
 
 @pytest.mark.parametrize("offset", [2.5e3, 1e4, -1e4])

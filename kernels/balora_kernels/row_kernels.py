@@ -99,7 +99,8 @@ def _teacher(
 
 @triton.jit
 def _on_grid(base):
-    """A base on a grid of 2⁻¹⁰: up to 2¹⁴ the sums and differences of bases have no rounding, then."""
+    """A base on a grid of 2⁻¹⁰: up to 2¹⁴ the sums and differences of bases have no rounding, then. c is up to 2⁻¹⁰ off
+    the mean by that, which costs the KL of a row an absolute error of about 2⁻¹⁰·eps, 1e-10."""
     return tl.floor(base * 1024.0) * (1.0 / 1024.0)
 
 
