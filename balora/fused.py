@@ -73,6 +73,7 @@ class _Run(streaming.Run):
 
         config, vocab, head = self.config, self.vocab, self.head
         row = tiles.row_stride(vocab)
+        self._split_k()  # before there are buffers
         difference = self.kl and self.own_head is None
         narrow_difference = difference and self.half is not None and head.lora is None
         # The gradient takes the place of the difference logits, or of the logits, where the type is the same.
@@ -231,16 +232,18 @@ class _Run(streaming.Run):
         x = self.x(h.to(self.dtype))
         return x * (self.labels[start : start + len(h), None] >= 0) if self.masked else x
 
+    def _split_k(self) -> None:
+        """K in two parts of bfloat16, which together keep 16 bits of it; of the hidden states nothing is lost then."""
+        if self.k is not None and self._on_tensor_cores() and self.half == torch.bfloat16:
+            coarse = self.k.bfloat16()
+            self.k_parts = coarse, (self.k - coarse).bfloat16()
+            self.k = coarse
+
     def _add_svd(self, dx: Tensor, h: Tensor, start: int) -> None:
         """dx += scale·X·K."""
         assert self.k is not None
         scale = self.linear.scale
-        if self._on_tensor_cores() and self.half == torch.bfloat16:
-            # K in two parts keeps 16 bits of it; of the hidden states nothing is lost.
-            if self.k_parts is None:
-                coarse = self.k.bfloat16()
-                self.k_parts = coarse, (self.k - coarse).bfloat16()
-                self.k = self.k_parts[0]
+        if self.k_parts is not None:
             found = torch.empty_like(dx)
             for part in self.k_parts:
                 product(h, part, found)
@@ -292,13 +295,16 @@ def _times_weight(g: Tensor, weight: Tensor) -> Tensor:
 
     (c, vocab), d = g.shape, weight.shape[1]
     slices = tiles.vocabulary_slices(c, d, vocab)
-    if slices == 1 or not g.is_cuda:
+    if slices == 1:
         out = g.new_empty(c, d, dtype=torch.float32)
         product(g, weight, out)
         return out
-    parts = g.unflatten(1, (slices, -1)).transpose(0, 1)  # [slices, c, V / slices]
+    g, weight = g.unflatten(1, (slices, -1)).transpose(0, 1), weight.unflatten(0, (slices, -1))
     out = g.new_empty(slices, c, d, dtype=torch.float32)
-    torch.ops.aten.bmm.dtype_out(parts, weight.unflatten(0, (slices, -1)), torch.float32, out=out)
+    if g.is_cuda:
+        torch.ops.aten.bmm.dtype_out(g, weight, torch.float32, out=out)
+    else:
+        torch.bmm(g.float(), weight.float(), out=out)
     return out.sum(0)
 
 

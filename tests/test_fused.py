@@ -393,3 +393,25 @@ def test_a_soft_cap_far_from_the_teacher(small_tiles):
     inputs, _, _, labels = test_head.tensors("plain", torch.float32, n=5, vocab=131)
     teacher = -3 * inputs["hidden"]
     test_head.check((inputs, dict(softcap=2.5), teacher, labels), only("consistency"), torch.float32, by="triton")
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.7])
+@pytest.mark.parametrize("masked", [False, True])
+def test_products_as_on_tensor_cores(monkeypatch, small_tiles, scale, masked):
+    """The Gram matrix of half precision, K in two parts, G·W in slices of the vocabulary."""
+    monkeypatch.setattr(fused, "_never_waits", lambda tensor: True)
+    monkeypatch.setattr(fused._Run, "_on_tensor_cores", lambda self: True)
+    monkeypatch.setattr(tiles, "vocabulary_slices", lambda *shape: 4)
+    hidden, teacher, weight, labels = there("triton", *problem(7, 16, 132, dtype=torch.bfloat16, ignored=2))
+    need = (True, False, False, False, False)
+    config = replace(ALL_TERMS, lambda_svd=20.0)
+    kept = None if masked else (labels >= 0).nonzero().squeeze(-1)
+    terms, gradients = fused.objective(
+        hidden, teacher, LinearHead(weight, scale=scale), None, labels, kept, config, need, masked=masked
+    )
+    wide = hidden.double().requires_grad_()
+    head = LinearHead(weight.double(), scale=scale)
+    exact = F.linear_objective(wide, teacher.double(), head, labels, config, normalizer=1.0, impl="reference")
+    exact.loss.backward()
+    assert terms.svd.item() == pytest.approx(exact.svd.item(), rel=1e-4)
+    assert (gradients.hidden.double() - wide.grad).norm() < 5e-3 * wide.grad.norm()

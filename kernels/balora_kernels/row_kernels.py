@@ -106,7 +106,8 @@ def _on_grid(base):
 
 @triton.jit
 def _within(a):
-    return tl.minimum(tl.maximum(a, -_REACH), _REACH)
+    """Between ±_REACH; a NaN at the lower end."""
+    return tl.minimum(tl.where(a > -_REACH, a, -_REACH), _REACH)
 
 
 @triton.jit
