@@ -17,6 +17,7 @@ from .conftest import ALL_TERMS, only, problem, run, there
 
 pytest.importorskip("triton")
 tiles = pytest.importorskip("balora_kernels.tiles")
+rows = pytest.importorskip("balora_kernels.rows")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Float32 Gram matrices on a device cost the SVD term some digits: it has tests of its own there.
@@ -375,6 +376,22 @@ def test_float16_close_and_far(small_tiles, distance):
     assert (grad.double() - exact_grad).norm() < 2e-3 * exact_grad.norm()
 
 
+def test_small_differences_survive_float16():
+    """Of 1e-7, where float16 has steps of 6e-8."""
+    inputs = problem(5, 16, 301, dtype=torch.float16)
+    hidden, teacher, weight, labels = there("triton", *inputs)
+    need = (False,) * 5
+    one = fused._Run(
+        hidden, teacher, LinearHead(weight), None, labels, None, ALL, need, None, torch.float32, masked=False
+    )
+    t = 1e-7 * torch.randn(5, 16, device=hidden.device)
+    out = torch.empty(5, 301, dtype=torch.float16, device=hidden.device)
+    found = one._subtracted(t, out, rows)
+    difference = found.logits.values.double() * found.factor.double()
+    exact = t.double() @ weight.double().T
+    assert (difference - exact).norm() < 1e-3 * exact.norm()
+
+
 def test_small_probabilities_survive_float16(small_tiles):
     """A row whose gradient but for two entries lies below 6e-8: their sum counts in dH."""
     hidden, teacher, weight, labels = problem(3, 16, 1000, dtype=torch.float32)
@@ -391,7 +408,8 @@ def test_small_probabilities_survive_float16(small_tiles):
 
 def test_a_soft_cap_far_from_the_teacher(small_tiles):
     inputs, _, _, labels = test_head.tensors("plain", torch.float32, n=5, vocab=131)
-    teacher = -3 * inputs["hidden"]
+    inputs["weight"] *= 8
+    teacher = -inputs["hidden"]
     test_head.check((inputs, dict(softcap=2.5), teacher, labels), only("consistency"), torch.float32, by="triton")
 
 

@@ -29,7 +29,6 @@ STATS = tl.constexpr(8)
 _REACH = tl.constexpr(12.0)
 _WIDE = tl.constexpr(8.0)
 _HIDDEN = tl.constexpr(-1e7)  # a tile whose logits are all below counts as masked, as with −∞ or the least float
-_MASKED = tl.constexpr(-150.0)  # the a of an entry that the teacher masks: 2^−150 is 0
 _NOWHERE = tl.constexpr(-1e30)  # the c of a tile that the teacher masks as a whole
 _LOG2E = tl.constexpr(LOG2E)
 
@@ -111,16 +110,12 @@ def _within(a):
 
 
 @triton.jit
-def _at_least(a):
-    """An entry that the teacher masks is far below; NaN, which −∞ − (−∞) is where both mask, has no weight there. A NaN
-    of the teacher itself is in its maximum."""
-    return tl.where(a > _MASKED, a, _MASKED)
-
-
-@triton.jit
 def _apart(z, t, y, t_y, k, c):
-    """a = δ − c from both logits, or, where a large c would cost it digits, from what they are above their bases."""
-    return _at_least(t_y - y if tl.abs(c) > _WIDE else times_less(t - z, k, c))
+    """a = δ − c from both logits, or, where a large c would cost it digits, from what they are above their bases.
+
+    Of an entry that one of the two masks it is infinite, of one that both mask NaN: neither counts where 2^t_y is 0.
+    """
+    return t_y - y if tl.abs(c) > _WIDE else times_less(t - z, k, c)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -192,7 +187,7 @@ def tile_states(
                 t_y = times_less(t, k, t_total)
                 a = _apart(z, t, y, t_y, k, c)
                 grown = power2(t_y)
-                rise = tl.where(grown == 0.0, 0.0, grown * a)  # where the student alone masks a is ∞
+                rise = tl.where(grown == 0.0, 0.0, grown * a)
                 t_base = tl.where(gone, float("-inf"), t_base)
                 c = tl.where(gone, _NOWHERE, c)
                 tl.store(state + 8 * field, tl.where(gone, float("-inf"), t_total))
