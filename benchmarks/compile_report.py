@@ -1,6 +1,7 @@
 """Compiles every Triton kernel as its launchers launch it, without a GPU: registers, spills, shared memory, occupancy.
 
     python benchmarks/compile_report.py                     # sm_80, sm_90 and sm_100
+    python benchmarks/compile_report.py --everything
     python benchmarks/compile_report.py --archs 90 --only merge
 
 Ends with an error where a kernel spills registers to memory. The launches of many shapes, types and settings are
@@ -212,6 +213,20 @@ CASES = {
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
     },
 }
+# What is compiled for every generation; the rest, for the one that the sizes were chosen for.
+EVERYWHERE = (
+    "SVD term",
+    "objective",
+    "objective, V 256,000",
+    "objective, V 50,257",
+    "objective, K 128",
+    "objective, soft-cap",
+    "objective, float16",
+    "objective, a teacher's head, soft-cap, bias",
+    "consistency, bfloat16, T 2",
+    "consistency, float32, T 2",
+    "diversity, bfloat16",
+)
 COLUMNS = {
     "case": "as in",
     "kernel": "kernel",
@@ -225,14 +240,14 @@ COLUMNS = {
 }
 
 
-def report(archs: list[int], only: str | None) -> list[dict]:
+def report(archs: list[int], only: str | None, everything: bool) -> list[dict]:
     launches: dict[
         tuple, tuple[str, int, int]
     ] = {}  # of those alike the first: a case, the how manieth of it, for what
     for name, case in CASES.items():
         for i, launch in enumerate(record(case)):
             if not only or only in launch.kernel.__name__ or only in name:
-                for arch in archs:
+                for arch in archs if everything or name in EVERYWHERE else {90}.intersection(archs):
                     launches.setdefault((*launch.key, arch), (name, i, arch))
     found = []
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -252,9 +267,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", type=int, default=sorted(LIMITS), choices=sorted(LIMITS))
     parser.add_argument("--only", help="a part of a kernel's or a case's name")
+    parser.add_argument(
+        "--everything", action="store_true", help="every case for every generation, not for sm_90 alone"
+    )
     parser.add_argument("--out", type=Path, help="writes OUT.md")
     arguments = parser.parse_args()
-    found = report(arguments.archs, arguments.only)
+    found = report(arguments.archs, arguments.only, arguments.everything)
     text = f"# What the Triton kernels take, triton {triton.__version__}\n\n" + harness.table(found, COLUMNS)
     print(text)
     if arguments.out:
