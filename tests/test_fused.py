@@ -67,6 +67,7 @@ def test_terms_of_the_whole_batch_besides(variant):
     test_head.check(everything, test_head.VARIANTS[variant], torch.float32, by="triton")
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
 @pytest.mark.parametrize("distance", [1e-4, 1e-2, 1.0, 10.0])
 def test_consistency_from_close_to_far(small_tiles, distance, temperature):
@@ -92,6 +93,7 @@ def test_bf16_consistency_within_two_percent(distance):
     assert relative(gradients.hidden.cpu().double() / 1e12 / 6, exact - ce) < 0.02
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("shape", [(3, 2, 2), (2, 5, 64), (2, 5, 65), (5, 3, 4097)])
 def test_awkward_shapes(shape):
     for dtype in (torch.float32, torch.bfloat16):
@@ -104,6 +106,7 @@ def test_a_vocabulary_of_one():
     assert not grad.any()
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("vocab", [66_000, 2**18 + 70])
 def test_a_large_vocabulary(vocab):
     """Several real tiles, and from 2¹⁸ on larger blocks."""
@@ -130,6 +133,7 @@ def test_chunks_do_not_change_a_bit(monkeypatch, small_tiles):
     torch.testing.assert_close(grad_again, grad, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_on_logits(small_tiles, name, dtype):
@@ -140,6 +144,7 @@ def test_losses_on_logits(small_tiles, name, dtype):
     assert not grad[~valid].any()
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", LOSSES)
 def test_rows_of_any_stride(small_tiles, name):
     """Of a slice of a batch, as shifted logits are, and of transposed logits."""
@@ -158,6 +163,7 @@ def test_rows_of_any_stride(small_tiles, name):
         torch.testing.assert_close(leaf.grad.reshape(8, 90).cpu(), 3 * grad)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("where", ["student", "teacher"])
 def test_nan_in_nan_out(small_tiles, name, where):
@@ -243,6 +249,7 @@ def test_rows_are_masked_where_nothing_may_wait(small_tiles):
     assert not grads.hidden[labels < 0].any()
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("impl", ["streaming", "triton"])
 def test_torch_compile_of_the_objective(impl):
     """As one graph, with the gradients of a trained head, labels that are ignored, and another λ on the next step."""
@@ -319,6 +326,7 @@ def test_what_a_captured_graph_cannot_do(monkeypatch):
             fused.objective(hidden, teacher, LinearHead(weight), None, labels, None, config, need, masked=True)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("value", [-torch.inf, torch.finfo(torch.float32).min, -1e9])
 @pytest.mark.parametrize("who", ["both", "student", "teacher"])
 def test_whole_tiles_masked_by_a_large_number(small_tiles, who, value):
@@ -351,6 +359,7 @@ def test_a_student_that_masks_what_the_teacher_rules_out(small_tiles):
     torch.testing.assert_close(grad, exact_grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("offset", [10.0, 1000.0, -9000.0])
 @pytest.mark.parametrize("slope", [1.0, 1.01])
 def test_a_teacher_with_an_offset(small_tiles, offset, slope):
@@ -360,6 +369,7 @@ def test_a_teacher_with_an_offset(small_tiles, offset, slope):
     test_losses.check(LOSSES["consistency at T = 1"], z, teacher, torch.float32, by="triton")
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("distance", [1e-6, 1e-3, 50.0])
 def test_float16_close_and_far(small_tiles, distance):
     """Differences below the smallest float16, and gradients of small probabilities."""

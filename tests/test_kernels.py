@@ -18,6 +18,7 @@ from balora_kernels import eigh, numerics, tiles  # noqa: E402
 from balora import reference, spectral  # noqa: E402
 
 log1p, tanh, times_less, weighted_growth = numerics.log1p, numerics.tanh, numerics.times_less, numerics.weighted_growth
+pytestmark = pytest.mark.no_cover  # it would take half as long again
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
