@@ -1,0 +1,157 @@
+// The order of the steps, and the memory between them.
+#include <type_traits>
+
+#include "kernels.cuh"
+
+namespace balora {
+namespace {
+
+constexpr int64_t SPREAD = 264;      // blocks for a Gram matrix: two for each multiprocessor
+constexpr int64_t MOST_GRAMS = 64;   // partial sums that one block adds up
+constexpr int64_t PREFERRED = 512 << 20;
+
+int rows_of(int width) { return int(round_up(width, 16)); }
+
+int64_t gram_blocks(const Panel& shape, int64_t batch) {
+  const int64_t wanted = divide_up(SPREAD, batch), most = shape.stride / 64;
+  return wanted < most ? (wanted < MOST_GRAMS ? wanted : MOST_GRAMS) : (most < MOST_GRAMS ? most : MOST_GRAMS);
+}
+
+// One piece of memory after the other, each on a boundary of 256 bytes; without memory it only counts.
+struct Memory {
+  char* start;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* at = start == nullptr ? nullptr : reinterpret_cast<T*>(start + used);
+    used += round_up(count * int64_t(sizeof(T)), 256);
+    return at;
+  }
+};
+
+// What is held for `batch` matrices at a time.
+struct Buffers {
+  Cut rows, columns;  // of A X and of Aᵀ X
+  Panel of_rows, of_columns;
+  int L;
+  int64_t row_grams, column_grams, used;
+  float *q, *p, *partial;  // Q [batch, L, m], P [batch, L, n]; the slices of a product
+  char* operand;
+  double *grams, *squares, *lower, *polish, *inverse, *left, *right;
+
+  Buffers(const Matrices& a, int width, int64_t batch, void* memory)
+      : rows(cut(a, false, batch)), columns(cut(a, true, batch)), of_rows(a.m), of_columns(a.n), L(rows_of(width)) {
+    row_grams = gram_blocks(of_rows, batch);
+    column_grams = gram_blocks(of_columns, batch);
+    const int64_t each = batch * L, small = batch * width * width;
+    const int64_t a_x = rows.slices * of_rows.stride, at_x = columns.slices * of_columns.stride;
+    const int64_t longest = of_rows.stride > of_columns.stride ? of_rows.stride : of_columns.stride;
+    Memory free{static_cast<char*>(memory)};
+    q = free.take<float>(each * of_rows.stride);
+    p = free.take<float>(each * of_columns.stride);
+    partial = free.take<float>(each * (a_x > at_x ? a_x : at_x));
+    operand = a.type == Type::float32 ? nullptr : free.take<char>(4 * each * longest);
+    grams = free.take<double>(each * L * (row_grams > column_grams ? row_grams : column_grams));
+    squares = free.take<double>(batch * rows.tiles * rows.slices);
+    lower = free.take<double>(small);
+    polish = free.take<double>(small);
+    inverse = free.take<double>(small);
+    left = free.take<double>(small);
+    right = free.take<double>(small);
+    used = free.used;
+  }
+};
+
+// The largest number of matrices whose buffers fit.
+int64_t at_once(const Matrices& a, int width, int64_t bytes) {
+  int64_t low = 0, high = a.batch;
+  while (low < high) {
+    const int64_t middle = high - (high - low) / 2;
+    if (Buffers(a, width, middle, nullptr).used <= bytes)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+struct Run {
+  const Matrices& a;
+  int width, n_iter, k;
+  uint64_t seed;
+  cudaStream_t stream;
+  int salt = 0;  // counts the orthonormalizations
+  cudaError_t error = cudaSuccess;
+
+  bool good(cudaError_t found) {
+    if (error == cudaSuccess) error = found;
+    return error == cudaSuccess;
+  }
+
+  float scale() const { return a.type == Type::float16 ? 1 / part_scale<Float16>() : 1.0f; }
+
+  // The panel from the slices of a product (or from itself), orthonormal.
+  void orthonormalize(Buffers& b, float* panel, const Panel& shape, int64_t batch, const float* slices, int64_t count,
+                      float scale, double* lower) {
+    const int64_t blocks = panel == b.q ? b.row_grams : b.column_grams;
+    good(gather(slices, count, scale, panel, batch, b.L, shape, blocks, b.grams, stream)) &&
+        good(factor(b.grams, blocks, batch, b.L, width, lower, b.inverse, stream)) &&
+        good(apply(panel, batch, b.L, width, shape, b.inverse, a.type, b.operand, seed, ++salt, stream));
+  }
+
+  // A X or Aᵀ X for the panel X of which the operand is.
+  void product(Buffers& b, int64_t first, int64_t batch, bool transposed) {
+    const void* operand = b.operand != nullptr ? static_cast<void*>(b.operand) : transposed ? b.q : b.p;
+    good(multiply(a, first, batch, transposed, b.L, transposed ? b.columns : b.rows, operand, b.partial, stream));
+  }
+
+  void matrices(Buffers& b, int64_t first, int64_t batch, float* u, float* s, float* vh, double* squares) {
+    good(sketch(a, first, batch, b.L, b.rows, seed, b.partial, b.squares, stream));
+    orthonormalize(b, b.q, b.of_rows, batch, b.partial, b.rows.slices, 1.0f, b.lower);
+    for (int i = 0; i < n_iter; ++i) {
+      product(b, first, batch, true);
+      orthonormalize(b, b.p, b.of_columns, batch, b.partial, b.columns.slices, scale(), b.lower);
+      product(b, first, batch, false);
+      orthonormalize(b, b.q, b.of_rows, batch, b.partial, b.rows.slices, scale(), b.lower);
+    }
+    orthonormalize(b, b.q, b.of_rows, batch, b.q, 1, 1.0f, b.lower);
+    // B = Qᵀ A = C Pᵀ with C = lower polish: P is orthonormal after the second pass.
+    product(b, first, batch, true);
+    orthonormalize(b, b.p, b.of_columns, batch, b.partial, b.columns.slices, scale(), b.lower);
+    orthonormalize(b, b.p, b.of_columns, batch, b.p, 1, 1.0f, b.polish);
+    const int64_t parts = b.rows.tiles * b.rows.slices;
+    good(jacobi(b.lower, b.polish, batch, width, k, s, b.left, b.right, b.squares, parts, squares, stream)) &&
+        good(turn(b.q, batch, b.L, width, k, b.of_rows, b.left, false, u, stream)) &&
+        good(turn(b.p, batch, b.L, width, k, b.of_columns, b.right, true, vh, stream));
+  }
+};
+
+}  // namespace
+
+int64_t least_workspace_bytes(const Matrices& a, int width) { return Buffers(a, width, 1, nullptr).used; }
+
+int64_t workspace_bytes(const Matrices& a, int width) {
+  const int64_t least = least_workspace_bytes(a, width);
+  const int64_t batch = at_once(a, width, least > PREFERRED ? least : PREFERRED);
+  return batch == 0 ? least : Buffers(a, width, batch, nullptr).used;
+}
+
+cudaError_t randomized_svd(const Matrices& a, int k, int width, int n_iter, uint64_t seed, float* u, float* s,
+                           float* vh, double* squares, void* workspace, int64_t bytes, cudaStream_t stream) {
+  if (k < 1 || k > width || width > LARGEST_WIDTH || width > a.m || width > a.n || n_iter < 0 || a.batch < 0)
+    return cudaErrorInvalidValue;
+  if (a.batch == 0) return cudaSuccess;
+  const int64_t step = at_once(a, width, bytes);
+  if (step == 0) return cudaErrorInvalidValue;
+  Buffers buffers(a, width, step, workspace);
+  Run run{a, width, n_iter, k, seed, stream};
+  for (int64_t first = 0; first < a.batch && run.error == cudaSuccess; first += step) {
+    const int64_t batch = first + step < a.batch ? step : a.batch - first;
+    run.salt = 0;
+    run.matrices(buffers, first, batch, u + first * a.m * k, s + first * k, vh + first * k * a.n,
+                 squares == nullptr ? nullptr : squares + first);
+  }
+  return run.error;
+}
+
+}  // namespace balora
