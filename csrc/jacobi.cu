@@ -46,7 +46,6 @@ __global__ void __launch_bounds__(THREADS) jacobi_kernel(const double* first, co
   }
   barrier();
   for (int i = 0; i < width; ++i) largest = size[i] > largest || size[i] != size[i] ? size[i] : largest;
-  barrier();
   // A column of zeros has no direction; with this it has one, and U is orthonormal for every C.
   for (int i = threadIdx.x; i < width; i += THREADS) c[i * width + i] += largest == 0 ? 1.0 : NUDGE * largest;
   barrier();

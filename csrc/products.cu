@@ -14,6 +14,11 @@ namespace {
 
 constexpr int ROWS = 32;           // of A that a warp multiplies by X
 constexpr int64_t BLOCKS = 1056;   // 8 for each of an H100's multiprocessors: enough to even out, few partial sums
+// Blocks that a multiprocessor holds, and the steps of the sum that a warp reads at once: as the registers allow.
+template <int L>
+constexpr int RESIDENT = L <= 32 ? 3 : 2;
+template <int L>
+constexpr int AHEAD = L <= 16 ? 2 : 1;
 constexpr int64_t SHORTEST = 256;  // entries of a sum: below, its partial results weigh more than A
 
 template <class T>
@@ -83,7 +88,7 @@ __device__ inline void accumulate(float (&d)[TILES][4], const Fragment& x, const
 
 // Y = A X as rows, [L, m]. A warp has 32 rows of A, a block 128; the sum runs over columns.
 template <class T, int L, bool SKETCH>
-__global__ void __launch_bounds__(THREADS) times(Matrices a, int64_t first, Cut cut, const T* operand, uint64_t seed,
+__global__ void __launch_bounds__(THREADS, RESIDENT<L>) times(Matrices a, int64_t first, Cut cut, const T* operand, uint64_t seed,
                                                  float* partial, double* squares, bool aligned) {
   constexpr int CHUNK = 4 * VECTOR<T>;  // columns that the four threads of a row take at once
   constexpr int TILES = ROWS / 8;
@@ -98,18 +103,18 @@ __global__ void __launch_bounds__(THREADS) times(Matrices a, int64_t first, Cut 
 
   float d[L / 16][TILES][4] = {};
   double sum = 0;
-  for (int64_t from = begin; from < end; from += 2 * CHUNK) {
-    uint32_t b[2][TILES][4];
+  for (int64_t from = begin; from < end; from += AHEAD<L> * CHUNK) {
+    uint32_t b[AHEAD<L>][TILES][4];
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
+      for (int u = 0; u < AHEAD<L>; ++u) {
         const int64_t column = from + u * CHUNK + q * VECTOR<T>;
         load(b[u][i], entries + 8 * i * a.row_stride + column, row0 + 8 * i + g < a.m ? a.n - column : 0, aligned);
       }
     }
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
+    for (int u = 0; u < AHEAD<L>; ++u) {
       const int64_t column = from + u * CHUNK + q * VECTOR<T>;
       if constexpr (SKETCH) {
 #pragma unroll
@@ -174,7 +179,7 @@ __global__ void __launch_bounds__(THREADS) times(Matrices a, int64_t first, Cut 
 
 // P = Aᵀ X as rows, [L, n]. A warp has 128 bytes of a row of A, a block 512; the sum runs over rows.
 template <class T, int L>
-__global__ void __launch_bounds__(THREADS) transposed_times(Matrices a, int64_t first, Cut cut, const T* operand,
+__global__ void __launch_bounds__(THREADS, RESIDENT<L>) transposed_times(Matrices a, int64_t first, Cut cut, const T* operand,
                                                             float* partial, bool aligned) {
   constexpr int EACH = 4 / sizeof(T);  // entries of a word
   constexpr int TILES = VECTOR<T>;
@@ -188,7 +193,7 @@ __global__ void __launch_bounds__(THREADS) transposed_times(Matrices a, int64_t 
   const int64_t begin = slice * cut.step, end = begin + cut.step < a.m ? begin + cut.step : a.m;
 
   float d[L / 16][TILES][4] = {};
-#pragma unroll 2
+#pragma unroll (AHEAD<L>)
   for (int64_t from = begin; from < end; from += 8 * EACH) {
     const int64_t row = from + 2 * EACH * q;
     uint32_t rows[2 * EACH][4];

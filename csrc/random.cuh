@@ -35,7 +35,7 @@ __device__ inline Words omega_bytes(int64_t column, int l, uint64_t seed) {
 
 __device__ inline float omega_entry(uint32_t bytes, int i) {
   const uint32_t b = bytes >> (8 * i) & 0xff;
-  return (bits_to_float(0x4b000000u | b) - 8388735.5f) * 0.0078125f;  // 2^23 + b - (2^23 + 127.5), over 128
+  return (bits_to_float(0x4b000000u | 2 * b) - 8388863.0f) * 0x1p-8f;  // 2^23 + 2 b - (2^23 + 255)
 }
 
 // 16 bytes of a row of Omega as fragments want them: 8 entries of half precision, or 4 floats, from `column` on.
@@ -44,7 +44,7 @@ __device__ inline void omega_row(uint32_t (&words)[4], const Words& random, int 
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4) {
-      words[i] = float_to_bits(omega_entry(random.word[2 * half + (column >> 2 & 1)], i));
+      words[i] = float_to_bits(omega_entry(column & 4 ? random.word[2 * half + 1] : random.word[2 * half], i));
     } else {
       const uint32_t bytes = random.word[2 * half + i / 2];
       const uint32_t one = rounded<T>(omega_entry(bytes, 2 * i % 4)).bits;

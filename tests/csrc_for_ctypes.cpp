@@ -1,4 +1,4 @@
-// The interface of csrc/ with C names, for ctypes.
+// The interface of csrc/ and its steps, with C names for ctypes.
 #include "../csrc/kernels.cuh"
 #include "../csrc/random.cuh"
 
@@ -28,6 +28,37 @@ int balora_low_rank_update(const void* data, int type, int64_t batch, int64_t m,
                            const float* multiple, void* out) {
   const Matrices z = matrices(data, type, batch, m, n, batch_stride, row_stride);
   return low_rank_update(z, k, u, weights, vh, multiple, out, nullptr);
+}
+
+// slices [batch, slices of the cut, L, stride]; how many slices there are is the result, or minus the error.
+int64_t balora_sketch(const void* data, int type, int64_t batch, int64_t m, int64_t n, int64_t batch_stride,
+                      int64_t row_stride, int rows, uint64_t seed, float* slices, double* squares) {
+  const Matrices a = matrices(data, type, batch, m, n, batch_stride, row_stride);
+  const Cut cut = balora::cut(a, false, batch);
+  if (slices == nullptr) return cut.tiles << 32 | cut.slices;
+  return sketch(a, 0, batch, rows, cut, seed, slices, squares, nullptr);
+}
+
+int64_t balora_multiply(const void* data, int type, int64_t batch, int64_t m, int64_t n, int64_t batch_stride,
+                        int64_t row_stride, int transposed, int rows, const void* operand, float* slices) {
+  const Matrices a = matrices(data, type, batch, m, n, batch_stride, row_stride);
+  const Cut cut = balora::cut(a, transposed, batch);
+  if (slices == nullptr) return cut.slices;
+  return multiply(a, 0, batch, transposed, rows, cut, operand, slices, nullptr);
+}
+
+// The panel [batch, L, stride] made orthonormal, in place; lower [batch, width, width].
+int balora_orthonormalize(float* panel, int64_t batch, int rows, int width, int64_t length, int64_t blocks,
+                          double* grams, double* lower, double* inverse, int type, void* operand, int salt) {
+  const Panel shape(length);
+  int error = gather(panel, 1, 1.0f, panel, batch, rows, shape, blocks, grams, nullptr);
+  error |= factor(grams, blocks, batch, rows, width, lower, inverse, nullptr);
+  return error | apply(panel, batch, rows, width, shape, inverse, Type(type), operand, 0, salt, nullptr);
+}
+
+int balora_jacobi(const double* first, const double* second, int64_t batch, int width, int k, float* s, double* left,
+                  double* right) {
+  return jacobi(first, second, batch, width, k, s, left, right, nullptr, 0, nullptr, nullptr);
 }
 
 void balora_philox(uint64_t place, uint32_t row, uint32_t stream, uint64_t seed, uint32_t* out) {

@@ -106,8 +106,8 @@ inline void resume(unsigned i) {
   setcontext(&fiber.start);
 }
 
-// One block: fibers run until all are done.
-inline void run_block(int threads) {
+// Fibers run until all are done, in changing orders.
+inline void run_fibers(int threads) {
   while (int(scheduler.fibers.size()) < threads) scheduler.fibers.push_back(std::make_unique<Fiber>());
   for (int i = 0; i < threads; ++i) scheduler.fibers[i]->begun = scheduler.fibers[i]->done = false;
   for (bool forward = true;; forward = !forward) {
@@ -145,10 +145,10 @@ inline void wait(Barrier& barrier) {
 #endif
 
 struct Block {
-  explicit Block(int threads, size_t shared) : all(threads), memory(new char[shared + 1]), warps(threads / WARP) {
+  explicit Block(int threads, size_t shared) : all(threads), end(threads), memory(new char[shared + 1]), warps(threads / WARP) {
     for (int i = 0; i < threads / WARP; ++i) of_warp.push_back(std::make_unique<Barrier>(WARP));
   }
-  Barrier all;
+  Barrier all, end;  // end: of those that have left the kernel; no other barrier may count them
   std::vector<std::unique_ptr<Barrier>> of_warp;
   std::unique_ptr<char[]> memory;
   std::vector<Warp> warps;
@@ -290,30 +290,30 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
   if (shared > 227 * 1024) return cudaErrorInvalidValue;
   cpu::Block block(threads, shared);
   block.votes.assign(threads, 0);
+  std::memset(block.memory.get(), 0xff, shared);
   cpu::current = &block;
+  auto thread = [&] {
+    cpu::blocks.x = unsigned(blocks);
+    for (int64_t b = 0; b < blocks; ++b) {
+      cpu::block.x = unsigned(b);
+      kernel(Parameters(arguments)...);
+      cpu::wait(block.end);
+      // Each block finds NaN in its memory: nothing may be read before it is written.
+      if (cpu::thread.x == 0) std::memset(block.memory.get(), 0xff, shared);
+      cpu::wait(block.end);
+    }
+  };
 #ifdef BALORA_REAL_THREADS
   std::vector<std::thread> pool;
   for (int i = 0; i < threads; ++i)
     pool.emplace_back([&, i] {
       cpu::thread.x = i;
-      cpu::blocks.x = unsigned(blocks);
-      for (int64_t b = 0; b < blocks; ++b) {
-        cpu::block.x = unsigned(b);
-        kernel(Parameters(arguments)...);
-        barrier();  // the next block has a shared memory of its own
-        if (i == 0) std::memset(block.memory.get(), 0xff, shared);
-        barrier();
-      }
+      thread();
     });
-  for (auto& thread : pool) thread.join();
+  for (auto& each : pool) each.join();
 #else
-  cpu::scheduler.body = [&] { kernel(Parameters(arguments)...); };
-  cpu::blocks.x = unsigned(blocks);
-  for (int64_t b = 0; b < blocks; ++b) {
-    cpu::block.x = unsigned(b);
-    std::memset(block.memory.get(), 0xff, shared);  // NaN: nothing may be read before it is written
-    cpu::run_block(threads);
-  }
+  cpu::scheduler.body = thread;
+  cpu::run_fibers(threads);
 #endif
   cpu::current = nullptr;
   return cudaSuccess;

@@ -1,0 +1,29 @@
+// Every kernel of csrc/ on real threads, for the thread sanitizer: compiled with -fsanitize=thread.
+#include <cstdio>
+#include <vector>
+
+#include "randomized_svd.h"
+
+using namespace balora;
+
+template <class T>
+static void run(Type type, int64_t batch, int64_t m, int64_t n, int k, int width) {
+  std::vector<T> a(batch * m * n);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = rounded<T>(float(i * 7919 % 101) / 101 - 0.5f);
+  const Matrices matrices{a.data(), type, batch, m, n, m * n, n};
+  std::vector<float> u(batch * m * k), s(batch * k), vh(batch * k * n), multiple(batch, 0.5f);
+  std::vector<double> squares(batch);
+  const int64_t bytes = workspace_bytes(matrices, width);
+  std::vector<char> memory(bytes + 256);
+  char* aligned = memory.data() + 256 - reinterpret_cast<uintptr_t>(memory.data()) % 256;
+  int error = randomized_svd(matrices, k, width, 1, 0, u.data(), s.data(), vh.data(), squares.data(), aligned, bytes, {});
+  std::vector<T> out(a.size());
+  error |= low_rank_update(matrices, k, u.data(), s.data(), vh.data(), multiple.data(), out.data(), {});
+  std::printf("%d %g %g\n", error, s[0], to_float(out[0]));
+}
+
+int main() {
+  run<float>(Type::float32, 2, 9, 70, 2, 5);
+  run<BFloat16>(Type::bfloat16, 1, 40, 9, 1, 3);
+  run<float>(Type::float32, 1, 2, 4200, 1, 1);  // long enough for a block that takes several tiles of a panel
+}
