@@ -20,14 +20,15 @@ constexpr double DEPENDENT = 1e-12;  // of a column's square that is left: 1e-6 
 template <int L>
 __global__ void __launch_bounds__(THREADS) gather_kernel(const float* partial, int64_t slices, float scale,
                                                          float* panel, Panel shape, int64_t blocks, double* grams) {
-  constexpr int PAIRS = L * L / THREADS, WIDE = TILE + 1;
+  constexpr int ACROSS = L / 16, DOWN = L / 8, WIDE = TILE + 1;  // 8 x 16 threads, each with DOWN x ACROSS pairs of rows
   double* tile = reinterpret_cast<double*>(shared_memory());  // [L, TILE], a column of padding
   const int64_t matrix = blockIdx.x / blocks, block = blockIdx.x % blocks;
   const int64_t each = (shape.stride / TILE + blocks - 1) / blocks * TILE;
   const int64_t end = (block + 1) * each < shape.stride ? (block + 1) * each : shape.stride;
   partial += matrix * slices * L * shape.stride;
   panel += matrix * L * shape.stride;
-  double sums[PAIRS] = {};
+  const int one = threadIdx.x / 16, two = threadIdx.x % 16;
+  double sums[DOWN][ACROSS] = {};
   for (int64_t begin = block * each; begin < end; begin += TILE) {
     for (int i = threadIdx.x; i < L * TILE; i += THREADS) {
       const int64_t at = i / TILE * shape.stride + begin + i % TILE;
@@ -38,16 +39,26 @@ __global__ void __launch_bounds__(THREADS) gather_kernel(const float* partial, i
       tile[i / TILE * WIDE + i % TILE] = x;
     }
     barrier();
+#pragma unroll 2
+    for (int at = 0; at < TILE; ++at) {
+      double column[ACROSS];
 #pragma unroll
-    for (int i = 0; i < PAIRS; ++i) {
-      const int pair = i * THREADS + threadIdx.x;
-      const double *row = tile + pair / L * WIDE, *column = tile + pair % L * WIDE;
-      for (int at = 0; at < TILE; ++at) sums[i] += row[at] * column[at];
+      for (int j = 0; j < ACROSS; ++j) column[j] = tile[(two + 16 * j) * WIDE + at];
+#pragma unroll
+      for (int i = 0; i < DOWN; ++i) {
+        const double row = tile[(one + 8 * i) * WIDE + at];
+#pragma unroll
+        for (int j = 0; j < ACROSS; ++j) sums[i][j] += row * column[j];
+      }
     }
     barrier();
   }
+  grams += blockIdx.x * int64_t(L * L);
 #pragma unroll
-  for (int i = 0; i < PAIRS; ++i) grams[blockIdx.x * int64_t(L * L) + i * THREADS + threadIdx.x] = sums[i];
+  for (int i = 0; i < DOWN; ++i) {
+#pragma unroll
+    for (int j = 0; j < ACROSS; ++j) grams[(one + 8 * i) * L + two + 16 * j] = sums[i][j];
+  }
 }
 
 // Cholesky with its inverse, in one elimination: g -> lower, the identity -> lower⁻¹. Of a dependent column both have
