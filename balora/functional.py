@@ -301,7 +301,8 @@ def randomized_svd(
         oversample: further columns of the sketch, at least 0.
         n_iter: power iterations, at least 0.
         seed: of the sketch.
-        impl: "auto", "torch", "cuda", or "reference" (a full decomposition, differentiable in all three: for tests).
+        impl: "auto", "cuda" (the compiled extension), "torch", or "reference" (a full decomposition, differentiable in
+            all three: for tests).
 
     Returns:
         U [..., m, k], S [..., k] descending, Vh [..., k, n], in float32 (float64 for float64 inputs), with orthonormal
@@ -310,9 +311,9 @@ def randomized_svd(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
-    impl = dispatch.choose("randomized_svd", impl)
     if not isinstance(a, Tensor) or not a.is_floating_point():
         raise TypeError(f"a: expected a floating-point tensor [..., m, n], found {describe(a)}")
+    impl = dispatch.choose("randomized_svd", impl, a.device)
     if a.dim() < 2 or 0 in a.shape[-2:]:
         raise ValueError(f"a: expected the shape [..., m, n] with m and n of at least 1, found {describe(a)}")
     check_whole("rank", rank)
@@ -324,15 +325,19 @@ def randomized_svd(
     with torch.autocast(a.device.type, enabled=False):
         if impl == "reference":
             return reference.randomized_svd(a.to(torch.promote_types(a.dtype, torch.float32)), rank)
-        u, s, vh = _RandomizedSVD.apply(a, rank, oversample, n_iter, seed)
+        u, s, vh = _RandomizedSVD.apply(a, rank, oversample, n_iter, seed, impl)
         return u, s, vh
 
 
 class _RandomizedSVD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, rank, oversample, n_iter, seed):
-        u, s, vh = spectral.randomized_svd(a, rank, oversample, n_iter, seed)
-        ctx.save_for_backward(u, s, vh)
+    def forward(ctx, a, rank, oversample, n_iter, seed, impl):
+        if impl == "cuda":
+            u, s, vh, _ = torch.ops.balora.randomized_svd(a, rank, oversample, n_iter, seed)
+            ctx.save_for_backward(u, s, vh, a)
+        else:
+            u, s, vh = spectral.randomized_svd(a, rank, oversample, n_iter, seed)
+            ctx.save_for_backward(u, s, vh)
         ctx.dtype = a.dtype
         ctx.mark_non_differentiable(u, vh)
         return u, s, vh
@@ -340,11 +345,15 @@ class _RandomizedSVD(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, _, grad_s, __):
-        u, s, vh = ctx.saved_tensors
+        u, s, vh, *a = ctx.saved_tensors
         noise = s[..., :1] * torch.finfo(s.dtype).eps
         grad_s = torch.where(s <= noise, torch.zeros_like(grad_s), grad_s)
-        with torch.autocast(u.device.type, enabled=False):
-            return ((u * grad_s[..., None, :]) @ vh).to(ctx.dtype), *[None] * 4
+        if a:
+            grad = torch.ops.balora.low_rank_update(*a, u, grad_s, vh, torch.zeros_like(s[..., 0]))
+        else:
+            with torch.autocast(u.device.type, enabled=False):
+                grad = ((u * grad_s[..., None, :]) @ vh).to(ctx.dtype)
+        return grad, *[None] * 5
 
 
 def _check(hidden, teacher_hidden, head, labels, config, teacher_head, normalizer) -> None:

@@ -22,7 +22,7 @@ _EIGH_MAX_D = 512
 _STEPS = 12
 _OVERSAMPLE = 10
 _SEED = 0
-_SHIFTED = 3  # steps of CholeskyQR with a shift
+_SHIFTED = 3  # steps of CholeskyQR with a shift, in float64 of float64
 _ROW_BYTES = 4 * 2**20  # of rows that are widened to the accumulation type at a time
 
 
@@ -287,8 +287,9 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def randomized_svd(a: Tensor, rank: int, oversample: int, n_iter: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular triplets of a batch of matrices (Halko, Martinsson and Tropp, 2011, alg. 4.4 and 5.1).
 
-    A sketch Y = AΩ of rank + oversample columns, n_iter power iterations, each orthonormalized by shifted CholeskyQR:
-    products and small factorizations of the whole batch at once. Float32 arithmetic for half precision.
+    A sketch AΩ of rank + oversample columns, n_iter power iterations, each orthonormalized by shifted CholeskyQR:
+    products and small factorizations of the whole batch at once. The products with A in float32 for half precision.
+    The bases are held as rows, the layout in which products with A are fastest. csrc/binding.cpp has the same steps.
 
     a [..., m, n] -> U [..., m, k], S [..., k], Vh [..., k, n] with k = min(rank, m, n), in the arithmetic's type. U and
     Vh have orthonormal columns and rows for rank-deficient and zero matrices too. A matrix with a NaN or infinite entry
@@ -296,48 +297,57 @@ def randomized_svd(a: Tensor, rank: int, oversample: int, n_iter: int, seed: int
     """
     shape = a.shape
     a = a.reshape(-1, *shape[-2:])
-    a = a.to(torch.promote_types(a.dtype, torch.float32))
-    broken = ~torch.isfinite(a).flatten(1).all(1)  # [batch]
+    broken = ~torch.isfinite(_largest(a))  # [batch, 1, 1]
     if broken.any():
-        a = a.masked_fill(broken[:, None, None], 0.0)
+        a = a.masked_fill(broken, 0.0)
+    a = a.to(torch.promote_types(a.dtype, torch.float32))
     m, n = a.shape[-2:]
     k = min(rank, m, n)
     width = min(k + oversample, m, n)
     generator = torch.Generator().manual_seed(seed)
-    omega = torch.randn(n, width, generator=generator, dtype=torch.float64).to(a)  # [n, l]
-    q = orthonormal(a @ omega, generator, polish=n_iter == 0)  # [batch, m, l]
+    omega = torch.randn(width, n, generator=generator, dtype=torch.float64).to(a)  # [l, n]
+    q = orthonormal(omega @ a.mT, generator, polish=n_iter == 0)  # [batch, l, m]
     for i in range(n_iter):
-        p = orthonormal(a.mT @ q, generator, polish=False)  # [batch, n, l]
-        q = orthonormal(a @ p, generator, polish=i == n_iter - 1)
-    b = q.mT @ a  # [batch, l, n]
-    p = orthonormal(b.mT, generator)
+        p = orthonormal(q @ a, generator, polish=False)  # [batch, l, n]
+        q = orthonormal(p @ a.mT, generator, polish=i == n_iter - 1)
+    b = q @ a  # [batch, l, n]
+    p = orthonormal(b, generator)
     # Projected anew: the triangular factor would carry the shifts.
-    u, s, vh = torch.linalg.svd(b @ p)  # of [batch, l, l]
-    u, s, vh = q @ u[..., :k], s[..., :k], vh[..., :k, :] @ p.mT
+    u, s, vh = (x.to(a) for x in torch.linalg.svd(b.double() @ p.double().mT))  # of [batch, l, l]
+    u, s, vh = q.mT @ u[..., :k], s[..., :k], vh[..., :k, :] @ p
     u, s, vh = (x.masked_fill(broken.view(-1, *[1] * (x.dim() - 1)), torch.nan) for x in (u, s, vh))
     return u.reshape(*shape[:-2], m, k), s.reshape(*shape[:-2], k), vh.reshape(*shape[:-2], k, n)
 
 
 def orthonormal(y: Tensor, generator: torch.Generator, polish: bool = True) -> Tensor:
-    """Orthonormal columns that span those of Y, by shifted CholeskyQR (Fukaya et al., 2020).
+    """Orthonormal rows that span those of Y, by shifted CholeskyQR (Fukaya et al., 2020) in float64.
 
-    Products and Cholesky factorizations batch where ``torch.linalg.qr`` loops over the matrices. Where columns depend
-    on each other, noise of the size of their rounding takes the missing directions: the condition is then 1/eps, of
-    which every shifted step takes a factor of about sqrt(shift), until the columns are merely well-conditioned: enough
-    for the next power iteration. Two plain steps polish them. y [batch, m, l], m ≥ l.
+    Products and Cholesky factorizations batch where ``torch.linalg.qr`` loops over the matrices. Where rows depend on
+    each other, noise of the size of their rounding takes the missing directions: the condition is then 1/eps. For
+    float32, float64 (Yamazaki, Tomov and Dongarra, 2015) sees the square of that: one shifted step leaves a condition
+    that a plain one finishes. In float64 itself every shifted step takes a factor of about sqrt(shift): three of them
+    and two plain ones. The shifted steps alone (polish false: rows that are merely well-conditioned, those without a
+    direction nearly 0) are enough for the next power iteration. y [batch, l, m], l ≤ m.
     """
-    m, width = y.shape[-2:]
-    eps = torch.finfo(y.dtype).eps
-    size = y.abs().amax((-2, -1), keepdim=True) if y.numel() else y.new_ones(len(y), 1, 1)
-    size = torch.where(size == 0, torch.ones_like(size), size)
-    noise = torch.randn(m, width, generator=generator, dtype=torch.float64).to(y)
-    y = y / size + eps * noise
+    width, m = y.shape[-2:]
+    dtype, eps = y.dtype, torch.finfo(y.dtype).eps
+    shifted, plain = (1, 1) if dtype == torch.float32 else (_SHIFTED, 2)
+    size = _largest(y)
+    y = (y / torch.where(size == 0, torch.ones_like(size), size)).double()
+    if polish:
+        y += eps * torch.randn(width, m, generator=generator, dtype=torch.float64).to(y)
     eye = torch.eye(width, dtype=y.dtype, device=y.device)
-    for step in range(_SHIFTED + 2 * polish):
-        g = y.mT @ y
-        if step < _SHIFTED:
-            norm = g.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]  # ‖Y‖²_F
-            g = g + 2 * m**0.5 * eps * norm * eye
-        factor, _ = torch.linalg.cholesky_ex(g)  # lower: y = q · factorᵀ
-        y = torch.linalg.solve_triangular(factor.mT, y, upper=True, left=False)
-    return y
+    for step in range(shifted + plain * polish):
+        g = y @ y.mT
+        if step < shifted:
+            diagonal = g.diagonal(dim1=-2, dim2=-1)
+            squares = diagonal.sum(-1, keepdim=True).clamp_min(1)  # ‖Y‖²_F, of a zero matrix 1
+            diagonal += 2 * m**0.5 * torch.finfo(y.dtype).eps * squares
+        factor, _ = torch.linalg.cholesky_ex(g)  # y = factor · q
+        y = torch.linalg.solve_triangular(factor, eye, upper=False) @ y
+    return y.to(dtype)
+
+
+def _largest(a: Tensor) -> Tensor:
+    """The largest |entry| of each matrix, NaN where there is one. a [batch, m, n] -> [batch, 1, 1]."""
+    return torch.maximum(a.amax((-2, -1), keepdim=True), -a.amin((-2, -1), keepdim=True))

@@ -111,7 +111,8 @@ Factors by_aten(Tensor a, int64_t rank, int64_t oversample, int64_t n_iter, int6
   }
   const auto b = at::matmul(q, a);  // [batch, l, n]
   const auto p = orthonormal(b, generator, true);
-  const auto [u, s, vh] = at::linalg_svd(at::matmul(b, p.mT()));  // of [batch, l, l]
+  auto [u, s, vh] = at::linalg_svd(at::matmul(b.to(at::kDouble), p.to(at::kDouble).mT()));  // of [batch, l, l]
+  u = u.to(a.scalar_type()), s = s.to(a.scalar_type()), vh = vh.to(a.scalar_type());
   const auto nan = std::numeric_limits<double>::quiet_NaN();
   return {at::matmul(q.mT(), u.narrow(2, 0, k)).masked_fill_(broken, nan),
           s.narrow(1, 0, k).masked_fill(broken.squeeze(2), nan),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balora import batch, reference, rows, streaming
+from balora import batch, dispatch, losses, reference, rows, streaming
 from balora import functional as F
 
 from .conftest import assert_within_budget, there
@@ -333,6 +333,63 @@ def test_autocast_does_not_round(name):
         inside, grad_inside = evaluate(LOSSES[name], z, teacher)  # the backward too
     assert torch.equal(inside, outside)
     assert torch.equal(grad_inside, grad)
+
+
+def sketched(z, valid=None, rank=3, **_):
+    """The SVD loss as impl="cuda" computes it, by the operators' implementation for the CPU."""
+    kept = None if valid is None else valid.nonzero().squeeze(1)
+    return losses._SketchedSVD.apply(z, kept, min(rank, len(z) if kept is None else len(kept), z.shape[1]))
+
+
+@pytest.mark.skipif(isinstance(dispatch.extension(), str), reason=str(dispatch.extension()))
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", [(17, 101), (40, 9), (150, 90), (70, 333)])
+def test_the_svd_loss_of_a_sketch(shape, dtype):
+    z, _ = logits(*shape)
+    z = (z * torch.arange(1, shape[1] + 1) ** -0.5).to(dtype)
+    whole = lambda z, _, **k: F.svd_loss(z, 3, impl="reference", valid=k.get("valid"))  # noqa: E731
+    sketch = lambda z, _, **k: sketched(z, k.get("valid"))  # noqa: E731
+    for chosen in (None, torch.arange(shape[0]) % 3 > 0):
+        found, grad = evaluate(sketch, z, z, valid=chosen)
+        plain, plain_grad = evaluate(whole, z, z, valid=chosen)
+        exact, exact_grad = evaluate(whole, z.double(), z, valid=chosen)
+        assert grad.dtype == dtype
+        assert_within_budget(found.detach(), plain.detach(), exact.detach(), torch.float32, "value")
+        size = exact_grad.abs().max()
+        # Directions converge like the square root of the values.
+        allowed = 2 * ((plain_grad.double() - exact_grad).abs().max() + max(torch.finfo(dtype).eps, 1e-4) * size)
+        assert (grad.double() - exact_grad).abs().max() <= allowed
+        if chosen is not None:
+            assert not grad[~chosen].any()
+
+
+@pytest.mark.skipif(isinstance(dispatch.extension(), str), reason=str(dispatch.extension()))
+def test_awkward_logits_of_a_sketch():
+    for z, rank in ((torch.zeros(4, 3), 2), (torch.outer(torch.arange(5.0), torch.ones(4)), 3), (torch.ones(1, 6), 1)):
+        found, grad = evaluate(lambda z, _, rank=rank: sketched(z, rank=rank), z, z, valid=None)
+        exact = F.svd_loss(z.double(), rank, impl="reference")
+        assert found.item() == pytest.approx(exact.item(), abs=1e-6)
+        assert grad.abs().max() < 1e-6  # of rank 1, or 0: the ratio is constant
+    none, grad = evaluate(lambda z, _, **k: sketched(z, k["valid"]), Z, Z, valid=torch.zeros(4, dtype=torch.bool))
+    assert none == 0
+    assert not grad.any()
+    broken = Z.clone()
+    broken[1, 2] = torch.nan
+    found, grad = evaluate(lambda z, _: sketched(z), broken, broken, valid=None)
+    assert found.isnan()
+    assert grad.isnan().all()
+
+
+def test_what_the_sketch_cannot_do(monkeypatch):
+    monkeypatch.setattr(dispatch, "why_not", lambda *_: [])
+    for z, rank, norm, reason in (
+        (Z, 2, "nuclear", "its norm is 'fro' and its arithmetic float32, asked for are 'nuclear' and torch.float32"),
+        (Z.double(), 2, "fro", "its norm is 'fro' and its arithmetic float32, asked for are 'fro' and torch.float64"),
+        (torch.zeros(60, 60), 55, "fro", "55 singular values are asked for, its sketch is good for 54"),
+    ):
+        with pytest.raises(ValueError, match=f"impl: 'cuda' cannot run here: {reason}"):
+            F.svd_loss(z, rank, norm, impl="cuda")
+        F.svd_loss(z, rank, norm)
 
 
 Z = torch.zeros(4, 6)

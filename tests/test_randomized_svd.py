@@ -162,15 +162,19 @@ def test_real_weights(stories15m):
     assert ((s - exact) / exact).abs().max() < 1e-2  # a flat tail: σ_27/σ_16 is about 0.85
 
 
-def test_orthonormal_columns_of_dependent_ones():
-    y = torch.randn(1, 400, 1, generator=torch.Generator().manual_seed(0)).expand(2, 400, 30).clone()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)], ids=str)
+def test_orthonormal_rows_of_dependent_ones(dtype, tolerance):
+    y = torch.randn(1, 1, 400, generator=torch.Generator().manual_seed(0), dtype=dtype).expand(2, 30, 400).clone()
     y[1] = 0
     q = spectral.orthonormal(y, torch.Generator().manual_seed(1))
-    assert (q.mT @ q - torch.eye(30)).abs().max() < 1e-5
-    tall = torch.ones(1, 60000, 40)
-    q = spectral.orthonormal(tall, torch.Generator().manual_seed(1))
-    assert (q.mT @ q - torch.eye(40)).abs().max() < 1e-5
-    assert spectral.orthonormal(y[:0], torch.Generator()).shape == (0, 400, 30)
+    assert (q @ q.mT - torch.eye(30)).abs().max() < tolerance
+    long = torch.ones(1, 40, 60000, dtype=dtype)
+    q = spectral.orthonormal(long, torch.Generator().manual_seed(1))
+    assert (q @ q.mT - torch.eye(40)).abs().max() < tolerance
+    square = torch.ones(3, 40, 40, dtype=dtype)
+    q = spectral.orthonormal(square, torch.Generator().manual_seed(1))
+    assert (q @ q.mT - torch.eye(40)).abs().max() < tolerance
+    assert spectral.orthonormal(y[:0], torch.Generator()).shape == (0, 30, 400)
 
 
 BAD = {
@@ -182,7 +186,7 @@ BAD = {
     "oversample": (dict(oversample=-1), ValueError, "oversample: expected 0 or more, found -1"),
     "n_iter": (dict(n_iter=1.0), TypeError, "n_iter: expected a whole number, found 1.0"),
     "seed": (dict(seed=None), TypeError, "seed: expected a whole number"),
-    "impl": (dict(impl="streaming"), ValueError, "impl: expected 'auto' or 'torch' or 'reference' or 'cuda' for rand"),
+    "impl": (dict(impl="streaming"), ValueError, "impl: expected 'auto' or 'cuda' or 'torch' or 'reference' for rand"),
     "cuda": (dict(impl="cuda"), ValueError, "impl: 'cuda' cannot run here: "),
 }
 
