@@ -23,6 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from . import principal
+from .checks import check_whole
+
 _ADAPTER = "default"
 # The projections of dense Llama-like models: attention and MLP, never the embedding or the head.
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -71,17 +74,9 @@ class OffsetVariant(LoraVariant):
     """
 
     @staticmethod
-    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        """Start A and B, and freeze A₀ and B₀, at the leading r singular triples of W (2025 paper, eq. 1 and 2)."""
-        base = module.get_base_layer()
-        r, scaling = module.r[adapter_name], module.scaling[adapter_name]
-        weight = base.weight.detach().to(torch.float32)  # [out, in]
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        root = (s[:r] / scaling).sqrt()
-        # Rounded to W's type first: A and B start from the rounded values, or the bracket would not be zero.
-        # And contiguous, as A and B are: LAPACK's column order would take another path through the same product.
-        a0 = (root[:, None] * vh[:r]).to(base.weight.dtype).contiguous()  # [r, in]
-        b0 = (u[:, :r] * root).to(base.weight.dtype).contiguous()  # [out, r]
+    def init(module: LoraLayer, adapter_name: str, *, a0: Tensor, b0: Tensor, **kwargs: Any) -> None:
+        """Start A and B, and freeze A₀ and B₀, at these factors in W's type: from other roundings the bracket would not
+        be zero."""
         module.lora_offset_A = _Frozen(adapter_name, a0)
         module.lora_offset_B = _Frozen(adapter_name, b0)
         module.lora_A[adapter_name].weight.data.copy_(a0)
@@ -136,6 +131,10 @@ def get_pissa_model(
     lora_alpha: float = 128,
     target_modules: list[str] | str | None = None,
     form: str = "offset",
+    *,
+    batch_bytes: int = 2**29,
+    n_iter: int | None = None,
+    device: torch.device | str | None = None,
     **lora_config: Any,
 ) -> peft.PeftModel:
     """Wrap a dense Llama-like causal language model with PiSSA adapters that leave its weights alone.
@@ -143,12 +142,22 @@ def get_pissa_model(
     W ≈ U_r S_r V_rᵀ and s = lora_alpha / r give A₀ = √(S_r/s)·V_rᵀ and B₀ = U_r·√(S_r/s) (2025 paper, eq. 1 and 2). The
     layer computes W x + s·(B(A x) − B₀(A₀ x)), and only A and B (float32 unless the model is float64) are trained.
 
+    Layers of the same shape, type, device and rank are decomposed together, batch by batch; ‖W − s·B₀A₀‖ is within 1e-3
+    of the least that rank r allows (measured: small Llamas, random weights without decay). Nothing is left to chance:
+    the same call gives the same bits on the same machine, another ``batch_bytes`` the same s·B₀A₀ up to rounding.
+
     Args:
         model: a transformers model in float32, bfloat16, float16 or float64; it is changed in place.
         r: the rank of the adapters, at most the smaller side of every adapted layer.
         lora_alpha: s·r, above 0.
         target_modules: the layers to adapt, as peft takes them. None: q, k, v, o, gate, up and down projections.
         form: "offset".
+        batch_bytes: of the weights that are decomposed at a time, counted in float32 (float64 for float64 models); at
+            least one weight at a time. The decomposition takes a small multiple of it.
+        n_iter: None: a full decomposition of small matrices, ``functional.randomized_svd`` of the others. A number: the
+            latter for all, with that many power iterations.
+        device: where the weights are decomposed; only A₀ and B₀ come back from there. None: those on the CPU on the
+            current CUDA device, if there is one, and others where they lie.
         **lora_config: lora_dropout, use_rslora, task_type, exclude_modules, layers_to_transform, layers_pattern,
             rank_pattern, alpha_pattern, as in ``peft.LoraConfig``.
 
@@ -157,14 +166,15 @@ def get_pissa_model(
     """
     if isinstance(model, peft.PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise ValueError("model: expected a model without adapters, found one that peft has wrapped already")
-    if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"r: expected a whole number, found {r!r} of type {type(r).__name__}")
-    if r < 1:
-        raise ValueError(f"r: expected at least 1, found {r}")
+    check_whole("r", r)
     if not (isinstance(lora_alpha, (int, float)) and math.isfinite(lora_alpha) and lora_alpha > 0):
         raise ValueError(f"lora_alpha: expected a finite number above 0, found {lora_alpha!r}")
     if form != "offset":
         raise ValueError(f"form: expected 'offset', found {form!r}")
+    check_whole("batch_bytes", batch_bytes)
+    if n_iter is not None:
+        check_whole("n_iter", n_iter)
+    device = _device(device)
     unknown = sorted(set(lora_config) - set(_LORA_OPTIONS))
     if unknown:
         raise ValueError(f"lora_config: {', '.join(unknown)} cannot be used here; allowed: {', '.join(_LORA_OPTIONS)}")
@@ -182,8 +192,7 @@ def get_pissa_model(
         layers = [(name, m) for name, m in wrapped.named_modules() if isinstance(m, LoraLayer)]
         for name, layer in layers:
             _check_layer(name, layer)
-        for _, layer in tqdm(layers, desc="PiSSA: decomposing the weights", disable=None, leave=False):
-            OffsetVariant.init(layer, _ADAPTER)
+        _initialize(layers, batch_bytes, n_iter, device)
     except BaseException:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
@@ -195,6 +204,35 @@ def get_pissa_model(
             del model.peft_config
         raise
     return wrapped
+
+
+def _initialize(
+    layers: list[tuple[str, LoraLayer]], batch_bytes: int, n_iter: int | None, device: torch.device | None
+) -> None:
+    adapted = [layer for _, layer in layers]
+    weights = [layer.get_base_layer().weight.detach() for layer in adapted]
+    ranks, scalings = [layer.r[_ADAPTER] for layer in adapted], [layer.scaling[_ADAPTER] for layer in adapted]
+    with tqdm(total=len(layers), desc="PiSSA: decomposing the weights", disable=None, leave=False) as bar:
+        for batch in principal.batches(weights, ranks, batch_bytes):
+            found = principal.factors(
+                [weights[i] for i in batch], ranks[batch[0]], [scalings[i] for i in batch], n_iter, device
+            )
+            for i, (b0, a0) in zip(batch, found, strict=True):
+                OffsetVariant.init(adapted[i], _ADAPTER, a0=a0, b0=b0)
+            bar.update(len(batch))
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"device: expected a device that torch has here, found {device!r}; {error}") from error
+    if found.type == "meta":
+        raise ValueError("device: expected a device with memory, found 'meta'")
+    return found
 
 
 def _default_targets(model: nn.Module) -> list[str]:
@@ -222,6 +260,9 @@ def _check_layer(name: str, layer: LoraLayer) -> None:
         )
     if r > min(base.weight.shape):
         raise ValueError(f"r: expected at most {min(base.weight.shape)}, the smaller side of {name}, found {r}")
+    low, high = base.weight.detach().aminmax()  # NaN where any entry is
+    if not (low.isfinite() and high.isfinite()):
+        raise ValueError(f"model: expected finite weights, found NaN or an infinity at {name}")
 
 
 @contextmanager

@@ -86,6 +86,31 @@ __device__ inline void mma(float, float (&d)[4], const uint32_t (&a)[4], const u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Four matrices of 8 x 8 halves, as fragments of their transposes: lane i has the address of row i % 8 of matrix i / 8.
+__device__ inline void load_transposed(uint32_t (&words)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(uint32_t(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
+// 16 bytes to shared memory, in the background: the first `bytes` from `from`, then zeros.
+__device__ inline void copy_async(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from),
+               "r"(bytes)
+               : "memory");
+}
+__device__ inline void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void copies_done() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }  // of this thread
+
+// Bytes that a block can have on the current device.
+inline size_t most_shared_memory() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return size_t(bytes);
+}
+
 // One block for each of `blocks`, in one dimension: its limit is 2^31 - 1, that of the others 65,535.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, cudaStream_t stream,

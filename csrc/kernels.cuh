@@ -64,6 +64,10 @@ cudaError_t sketch(const Matrices& a, int64_t first, int64_t batch, int L, const
 // partial [batch, slices, L, ...]: A X, or Aᵀ X; operand [batch, parts, L, stride] are the parts of X.
 cudaError_t multiply(const Matrices& a, int64_t first, int64_t batch, bool transposed, int L, const Cut& cut,
                      const void* operand, float* partial, cudaStream_t stream);
+// A (Aᵀ X) with one reading of A: in how many slices, 0 where it cannot be done; and partial as of `multiply`.
+int64_t iteration_slices(const Matrices& a, int L, int64_t batch);
+cudaError_t iterate_once(const Matrices& a, int64_t first, int64_t batch, int L, int64_t slices, const void* operand,
+                         float* partial, cudaStream_t stream);
 // panel [batch, L, stride] = scale * the sum of its slices; grams [batch, blocks, L, L]: partial sums of its Gram matrix.
 cudaError_t gather(const float* partial, int64_t slices, float scale, float* panel, int64_t batch, int L,
                    const Panel& shape, int64_t blocks, double* grams, cudaStream_t stream);

@@ -34,7 +34,7 @@ struct Buffers {
   Cut rows, columns;  // of A X and of Aᵀ X
   Panel of_rows, of_columns;
   int L;
-  int64_t row_grams, column_grams, used;
+  int64_t row_grams, column_grams, once, used;  // once: the slices of A (Aᵀ Q) in one reading
   float *q, *p, *partial;  // Q [batch, L, m], P [batch, L, n]; the slices of a product
   char* operand;
   double *grams, *squares, *lower, *polish, *inverse, *left, *right;
@@ -43,8 +43,10 @@ struct Buffers {
       : rows(cut(a, false, batch)), columns(cut(a, true, batch)), of_rows(a.m), of_columns(a.n), L(rows_of(width)) {
     row_grams = gram_blocks(of_rows, batch);
     column_grams = gram_blocks(of_columns, batch);
+    once = iteration_slices(a, L, batch);
     const int64_t each = batch * L, small = batch * width * width;
-    const int64_t a_x = rows.slices * of_rows.stride, at_x = columns.slices * of_columns.stride;
+    const int64_t a_x = (rows.slices > once ? rows.slices : once) * of_rows.stride;
+    const int64_t at_x = columns.slices * of_columns.stride;
     const int64_t longest = of_rows.stride > of_columns.stride ? of_rows.stride : of_columns.stride;
     Memory free{static_cast<char*>(memory)};
     q = free.take<float>(each * of_rows.stride);
@@ -109,6 +111,11 @@ struct Run {
     good(sketch(a, first, batch, b.L, b.rows, seed, b.partial, b.squares, stream));
     orthonormalize(b, b.q, b.of_rows, batch, b.partial, b.rows.slices, 1.0f, b.lower);
     for (int i = 0; i < n_iter; ++i) {
+      if (b.once) {
+        good(iterate_once(a, first, batch, b.L, b.once, b.operand, b.partial, stream));
+        orthonormalize(b, b.q, b.of_rows, batch, b.partial, b.once, 1.0f, b.lower);
+        continue;
+      }
       product(b, first, batch, true);
       orthonormalize(b, b.p, b.of_columns, batch, b.partial, b.columns.slices, scale(), b.lower);
       product(b, first, batch, false);

@@ -47,6 +47,14 @@ int64_t balora_multiply(const void* data, int type, int64_t batch, int64_t m, in
   return multiply(a, 0, batch, transposed, rows, cut, operand, slices, nullptr);
 }
 
+int64_t balora_iterate(const void* data, int type, int64_t batch, int64_t m, int64_t n, int64_t batch_stride,
+                       int64_t row_stride, int rows, const void* operand, float* slices) {
+  const Matrices a = matrices(data, type, batch, m, n, batch_stride, row_stride);
+  const int64_t count = iteration_slices(a, rows, batch);
+  if (slices == nullptr) return count;
+  return iterate_once(a, 0, batch, rows, count, operand, slices, nullptr);
+}
+
 // The panel [batch, L, stride] made orthonormal, in place; lower [batch, width, width].
 int balora_orthonormalize(float* panel, int64_t batch, int rows, int width, int64_t length, int64_t blocks,
                           double* grams, double* lower, double* inverse, int type, void* operand, int salt) {

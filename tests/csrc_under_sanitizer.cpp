@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "randomized_svd.h"
+#include "kernels.cuh"
 
 using namespace balora;
 
@@ -22,7 +22,19 @@ static void run(Type type, int64_t batch, int64_t m, int64_t n, int k, int width
   std::printf("%d %g %g\n", error, s[0], to_float(out[0]));
 }
 
+// A block that takes three tiles, one after the other.
+static void iterate() {
+  const int64_t m = 70, n = 136, stride = 128;
+  std::vector<uint16_t> a(m * n + 8, 0x3f80), operand(2 * 16 * stride, 0x3f80);
+  const uint16_t* start = a.data() + (16 - reinterpret_cast<uintptr_t>(a.data()) % 16) % 16 / 2;
+  std::vector<float> out(16 * stride);
+  const Matrices matrices{start, Type::bfloat16, 1, m, n, m * n, n};
+  const int error = iterate_once(matrices, 0, 1, 16, 1, operand.data(), out.data(), {});
+  std::printf("%d %g\n", error, out[0]);
+}
+
 int main() {
+  iterate();
   run<float>(Type::float32, 2, 9, 70, 2, 5);
   run<BFloat16>(Type::bfloat16, 1, 40, 9, 1, 3);
   run<float>(Type::float32, 1, 2, 4200, 1, 1);  // long enough for a block that takes several tiles of a panel

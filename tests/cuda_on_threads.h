@@ -54,6 +54,7 @@ struct Index {
 constexpr int WARP = 32;
 struct Warp {  // what lanes show each other
   double shown[WARP];
+  const void* rows[WARP];
   uint32_t a[WARP][4], b[WARP][2];
 };
 
@@ -282,6 +283,43 @@ inline void mma(T kind, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
   }
   cpu::warp_barrier();
 }
+
+// ldmatrix.x4.trans: word i of a lane is entries (2 t, g) and (2 t + 1, g) of matrix i.
+inline void load_transposed(uint32_t (&words)[4], const void* row) {
+  auto& warp = cpu::warp();
+  const unsigned lane = cpu::lane(), g = lane / 4, t = lane % 4;
+  warp.rows[lane] = row;
+  cpu::warp_barrier();
+  for (unsigned i = 0; i < 4; ++i) {
+    const auto entry = [&](unsigned r) { return uint32_t(static_cast<const uint16_t*>(warp.rows[8 * i + r])[g]); };
+    words[i] = entry(2 * t) | entry(2 * t + 1) << 16;
+  }
+  cpu::warp_barrier();
+}
+
+// Copies wait until they are asked for: nobody may count on them earlier.
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+#ifdef BALORA_REAL_THREADS
+inline thread_local std::vector<Copy> copies[1];
+inline std::vector<Copy>& my_copies() { return copies[0]; }
+#else
+inline std::vector<Copy> copies[1024];
+inline std::vector<Copy>& my_copies() { return copies[cpu::thread.x]; }
+#endif
+inline void copy_async(void* to, const void* from, int bytes) { my_copies().push_back({to, from, bytes}); }
+inline void copies_issued() {}
+inline void copies_done() {
+  for (const Copy& copy : my_copies()) {
+    std::memset(copy.to, 0, 16);
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+  my_copies().clear();
+}
+inline size_t most_shared_memory() { return 227 * 1024; }
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, cudaStream_t,

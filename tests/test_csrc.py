@@ -44,7 +44,7 @@ def library(tmp_path_factory):
     objects = compile_all([*SOURCES, TESTS / "csrc_for_ctypes.cpp"], folder, "-fPIC")
     subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(folder / "csrc.so")], check=True)
     library = ctypes.CDLL(str(folder / "csrc.so"))
-    for name in ("workspace_bytes", "sketch", "multiply"):
+    for name in ("workspace_bytes", "sketch", "multiply", "iterate"):
         getattr(library, f"balora_{name}").restype = ctypes.c_int64
     return library
 
@@ -177,6 +177,33 @@ def test_the_products(library, shape, transposed, dtype):
             assert not found[..., kept:].any()
 
 
+@pytest.mark.parametrize("shape", [(1, 130, 64), (2, 200, 333), (1, 512, 70), (1, 449, 1300), (1, 300, 1)], ids=str)
+def test_a_power_iteration_with_one_reading(library, shape):
+    batch, m, n = shape
+    whole = draw(batch, m, -(-n // 8) * 8 + 8, dtype=torch.bfloat16)
+    whole[..., n:] = torch.nan  # not to be read
+    a = whole[..., :n]
+    stride = -(-m // 64) * 64
+    for rows in (16, 32):
+        operand, exact_operand = parts_of(draw(batch, rows, m, seed=1) / m**0.5, torch.bfloat16, stride)
+        slices = call(library, "iterate", *as_batch(a), rows, None, None)
+        assert slices >= 1
+        found = aligned(batch * slices * rows * stride, torch.float32)
+        assert call(library, "iterate", *as_batch(a), rows, operand, found) == 0
+        found = found.view(batch, slices, rows, stride).double().sum(1)
+        exact = exact_operand @ a.double() @ a.double().mT
+        assert (found[..., :m] - exact).abs().max() < 2e-5 * exact.abs().max()
+        assert not found[..., m:].any()
+
+
+def test_where_one_reading_does_not_do(library):
+    a = draw(1, 200, 80, dtype=torch.bfloat16)
+    assert call(library, "iterate", *as_batch(a), 32, None, None) > 0
+    for other in (a.half(), a.float(), a[..., 1:], a[:, :128], draw(1, 513, 80, dtype=torch.bfloat16)):
+        assert call(library, "iterate", *as_batch(other), 32, None, None) == 0
+    assert call(library, "iterate", *as_batch(a), 48, None, None) == 0
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 7, 16, 33, 64])
 def test_two_passes_make_any_panel_orthonormal(library, width, dtype):
@@ -252,7 +279,7 @@ def test_singular_values_vectors_and_orthonormality(library, case):
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_every_type(library, dtype):
-    for m, n in ((150, 90), (70, 333)):
+    for m, n in ((150, 90), (70, 333)):  # of bf16 the first one is iterated with one reading
         a = matrix(m, n, decay(70, 1.0)).to(dtype)[None]
         u, s, vh, squares = svd(library, a, 10, n_iter=4)
         exact = torch.linalg.svdvals(a.double())[:, :10]
@@ -409,10 +436,10 @@ def test_no_thread_races_with_another(watched):
     folder, _, objects = watched
     found = sanitized(objects, folder)
     assert found.returncode == 0, found.stderr
-    assert ("\n" + found.stdout).count("\n0 ") == 3, found.stdout
+    assert ("\n" + found.stdout).count("\n0 ") == 4, found.stdout
 
 
-@pytest.mark.parametrize(("name", "which"), [("products", 0), ("orthonormal", 2), ("jacobi", 4)])
+@pytest.mark.parametrize(("name", "which"), [("products", 0), ("orthonormal", 2), ("jacobi", 4), ("power_iteration", 0)])
 def test_a_missing_barrier_is_found(watched, tmp_path, name, which):
     _, flags, objects = watched
     text = (ROOT / "csrc" / f"{name}.cu").read_text()

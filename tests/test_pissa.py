@@ -9,9 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import balora
+from balora import pissa, principal
 from balora.pissa import OffsetVariant
 
 from .conftest import batch, tiny_llama, train_a_little
+from .test_principal import record
 
 MODES = ["float32", "bfloat16", "autocast", "float64"]
 
@@ -67,6 +69,101 @@ def test_the_adapters_start_at_the_principal_part():
     b, a = layer.lora_B.default.weight, layer.lora_A.default.weight
     torch.testing.assert_close(b @ a * layer.scaling["default"], principal, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(a @ a.T * 2, torch.diag(s[:4]), rtol=1e-5, atol=1e-6)
+
+
+def offsets(model):
+    return {name: m for name, m in model.named_modules() if hasattr(m, "lora_offset_A")}
+
+
+def assert_principal(layer, rank, tolerance=1e-5):
+    """s·B₀A₀ is the principal part of the layer's own weight, and A and B start there."""
+    w = layer.base_layer.weight.double()
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    b0, a0 = layer.lora_offset_B.default, layer.lora_offset_A.default
+    assert b0.dtype == a0.dtype == layer.base_layer.weight.dtype
+    assert (b0.shape, a0.shape) == ((len(w), rank), (rank, w.shape[1]))
+    found = layer.scaling["default"] * b0.double() @ a0.double()
+    assert (found - (u[:, :rank] * s[:rank]) @ vh[:rank]).norm() < tolerance * w.norm()
+    assert torch.equal(layer.lora_A.default.weight.to(a0.dtype), a0)
+    assert torch.equal(layer.lora_B.default.weight.to(b0.dtype), b0)
+
+
+def test_every_layer_gets_its_own_factors_whatever_its_rank_type_and_scaling():
+    base = tiny_llama()
+    base.model.layers[1].mlp.to(torch.bfloat16)
+    base.model.layers[1].self_attn.q_proj.to(torch.float64)
+    ranks, alphas = {"q_proj": 2, "layers.0.mlp.down_proj": 7}, {"o_proj": 3}
+    model = balora.get_pissa_model(base, r=4, lora_alpha=8, rank_pattern=ranks, alpha_pattern=alphas)
+    assert len(offsets(model)) == 14
+    for name, layer in offsets(model).items():
+        rank = 2 if "q_proj" in name else 7 if "0.mlp.down_proj" in name else 4
+        assert_principal(layer, rank, 1e-2 if layer.base_layer.weight.dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch_bytes", "expected"),
+    [
+        (2**20, [(4, 32, 32), (4, 16, 32), (4, 48, 32), (2, 32, 48)]),
+        (3 * 32 * 32 * 4, [(3, 32, 32), (1, 32, 32), (4, 16, 32), (2, 48, 32), (2, 48, 32), (2, 32, 48)]),
+        (1, [(1, 32, 32)] * 4 + [(1, 16, 32)] * 4 + [(1, 48, 32)] * 4 + [(1, 32, 48)] * 2),
+    ],
+    ids=["at once", "in parts", "one by one"],
+)
+def test_layers_of_one_shape_go_together_within_batch_bytes(batch_bytes, expected, monkeypatch):
+    calls = record(monkeypatch)
+    done = []
+    monkeypatch.setattr(pissa.tqdm, "update", lambda bar, n: done.append((bar.total, n)))
+    model, before, _ = make("float32", batch_bytes=batch_bytes, n_iter=8)
+    assert [shape for shape, *_ in calls] == expected
+    assert done == [(14, shape[0]) for shape in expected]
+    for layer in offsets(model).values():
+        assert_principal(layer, 4, 1e-4)
+    assert torch.equal(logits(model), before)
+
+
+def test_the_decomposition_that_is_asked_for(monkeypatch):
+    calls = record(monkeypatch)
+    make()
+    assert not calls  # these matrices are small
+    make(n_iter=3, rank_pattern={"up_proj": 2})
+    assert {(rank, n_iter) for _, rank, n_iter in calls} == {(4, 3), (2, 3)}
+    assert sum(shape[0] for shape, *_ in calls) == 14
+
+
+def test_the_same_call_gives_the_same_bits():
+    first, second = (make("bfloat16", n_iter=4, device="cpu")[0] for _ in range(2))
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_name_their_layer(value):
+    base = tiny_llama(dtype=torch.bfloat16)
+    names = [n for n, _ in base.named_modules()]
+    with torch.no_grad():
+        base.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    with pytest.raises(ValueError, match=r"model: expected finite weights, found .* at .*layers\.1\.mlp\.up_proj"):
+        balora.get_pissa_model(base, r=2)
+    assert [n for n, _ in base.named_modules()] == names
+
+
+def test_a_decomposition_that_fails_leaves_the_model_as_it_was(monkeypatch):
+    base = tiny_llama()
+    before, names = logits(base), [n for n, _ in base.named_modules()]
+    original, calls = principal.factors, []
+
+    def fails_at_last(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("no memory")
+        return original(*arguments)
+
+    monkeypatch.setattr(principal, "factors", fails_at_last)
+    with pytest.raises(torch.OutOfMemoryError):
+        balora.get_pissa_model(base, r=2)
+    assert [n for n, _ in base.named_modules()] == names
+    assert torch.equal(logits(base), before)
+    assert all(p.requires_grad for p in base.parameters())
 
 
 def test_the_forward_is_the_equation():
@@ -266,6 +363,18 @@ BAD = {
     "r float": (dict(r=4.0), TypeError, "r: expected a whole number, found 4.0"),
     "r too large": (dict(r=17), ValueError, "r: expected at most 16, the smaller side of .*k_proj, found 17"),
     "alpha": (dict(r=2, lora_alpha=-1), ValueError, "lora_alpha: expected a finite number above 0, found -1"),
+    "batch_bytes": (dict(r=2, batch_bytes=0), ValueError, "batch_bytes: expected at least 1, found 0"),
+    "batch_bytes type": (
+        dict(r=2, batch_bytes=1e9),
+        TypeError,
+        "batch_bytes: expected a whole number, found 1000000000.0",
+    ),
+    "n_iter": (dict(r=2, n_iter=0), ValueError, "n_iter: expected at least 1, found 0"),
+    "n_iter type": (dict(r=2, n_iter=True), TypeError, "n_iter: expected a whole number, found True"),
+    "device": (dict(r=2, device="here"), ValueError, "device: expected a device that torch has here, found 'here'"),
+    "no such device": (dict(r=2, device="cuda:99"), ValueError, "device: expected a device that torch has here"),
+    "device type": (dict(r=2, device=1.5), ValueError, "device: expected a device that torch has here, found 1.5"),
+    "meta": (dict(r=2, device="meta"), ValueError, "device: expected a device with memory, found 'meta'"),
     "form": (dict(r=2, form="residual"), ValueError, "form: expected 'offset', found 'residual'"),
     "option": (dict(r=2, use_dora=True), ValueError, "lora_config: use_dora cannot be used here"),
     "no such layer": (dict(r=2, target_modules=["query"]), ValueError, "query"),
