@@ -1,7 +1,7 @@
 // balora._C: the operators torch.ops.balora.randomized_svd and low_rank_update, and what this build is.
 //
 // On a CUDA device the kernels of randomized_svd.h do the work; wider sketches, float64 and the CPU take the same
-// algorithm in ATen, that of balora/spectral.py. Compiled without BALORA_WITH_CUDA, nothing of CUDA is needed.
+// algorithm in ATen, that of balora/spectral.py, on a CUDA device with the kernel for the small matrix. Compiled without BALORA_WITH_CUDA, nothing of CUDA is needed.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <pybind11/pybind11.h>
@@ -56,6 +56,12 @@ Factors randomized_svd_meta(const Tensor& a, int64_t rank, int64_t oversample, i
           a.new_empty_symint(shape({k, n}), options), a.new_empty_symint(shape({}), options.dtype(at::kDouble))};
 }
 
+#ifdef BALORA_WITH_CUDA
+void check(cudaError_t error, const char* what) {
+  TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorName(error), " (", cudaGetErrorString(error), ")");
+}
+#endif
+
 at::Generator generator_of(const Tensor& a, int64_t seed) {
 #ifdef BALORA_WITH_CUDA
   if (a.is_cuda()) {  // numbers drawn on the CPU would be waited for
@@ -94,7 +100,25 @@ Tensor orthonormal(Tensor y, const at::Generator& generator, bool polish) {
   return y.to(type);
 }
 
-// By ATen on any device, of a [batch, m, n]. On a CUDA device only the small decomposition at the end waits for it.
+// U, S, Vh of c [batch, l, l] in float64. On a CUDA device ATen would wait for it, and take one after the other.
+std::tuple<Tensor, Tensor, Tensor> small_svd(const Tensor& c) {
+#ifdef BALORA_WITH_CUDA
+  if (c.is_cuda() && c.size(1) <= balora::LARGEST_SMALL) {
+    const c10::cuda::CUDAGuard guard(c.device());
+    const auto batch = c.size(0), width = c.size(1);
+    const auto s = at::empty({batch, width}, c.options()), left = at::empty_like(c), right = at::empty_like(c);
+    const auto memory = at::empty({balora::small_svd_bytes(batch, int(width))}, c.options().dtype(at::kByte));
+    check(balora::small_svd(c.contiguous().const_data_ptr<double>(), batch, int(width), s.mutable_data_ptr<double>(),
+                            left.mutable_data_ptr<double>(), right.mutable_data_ptr<double>(),
+                            memory.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()),
+          "small_svd");
+    return {left.mT(), s, right};
+  }
+#endif
+  return at::linalg_svd(c);
+}
+
+// By ATen on any device, of a [batch, m, n]. On a CUDA device nothing waits for it up to a width of 256.
 Factors by_aten(Tensor a, int64_t rank, int64_t oversample, int64_t n_iter, int64_t seed) {
   const auto m = a.size(1), n = a.size(2), k = std::min({rank, m, n});
   const auto width = std::min({k + oversample, m, n});
@@ -111,7 +135,7 @@ Factors by_aten(Tensor a, int64_t rank, int64_t oversample, int64_t n_iter, int6
   }
   const auto b = at::matmul(q, a);  // [batch, l, n]
   const auto p = orthonormal(b, generator, true);
-  auto [u, s, vh] = at::linalg_svd(at::matmul(b.to(at::kDouble), p.to(at::kDouble).mT()));  // of [batch, l, l]
+  auto [u, s, vh] = small_svd(at::matmul(b.to(at::kDouble), p.to(at::kDouble).mT()));  // of [batch, l, l]
   u = u.to(a.scalar_type()), s = s.to(a.scalar_type()), vh = vh.to(a.scalar_type());
   const auto nan = std::numeric_limits<double>::quiet_NaN();
   return {at::matmul(q.mT(), u.narrow(2, 0, k)).masked_fill_(broken, nan),
@@ -124,10 +148,6 @@ Factors by_aten(Tensor a, int64_t rank, int64_t oversample, int64_t n_iter, int6
 
 // Device memory for the kernels; larger batches are taken in parts.
 constexpr int64_t WORKSPACE_BYTES = int64_t(512) << 20;
-
-void check(cudaError_t error, const char* what) {
-  TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorName(error), " (", cudaGetErrorString(error), ")");
-}
 
 bool has_kernels(const Tensor& a) { return a.is_cuda() && a.scalar_type() != at::kDouble; }
 

@@ -1,6 +1,7 @@
 // The singular value decomposition of small matrices, one block a matrix: Hestenes' one-sided Jacobi method. Pairs of
 // columns are rotated until all are orthogonal: C V = U diag(S). In a round of a round robin every column has one
-// partner, so all pairs of a round are rotated at once. In double: what came before is float, and this is small.
+// partner, so all pairs of a round are rotated at once. In double: what came before is float, and this is small. Up to
+// 64 columns stand in shared memory, more of them in global memory, which for so few is the cache.
 #include "kernels.cuh"
 
 namespace balora {
@@ -8,35 +9,39 @@ namespace {
 
 constexpr int SWEEPS = 20;             // it converges quadratically: 6 to 9 are usual
 constexpr double ORTHOGONAL = 1e-13;   // the cosine of two columns that are not rotated
-constexpr double NUDGE = 1e-10;        // of the largest entry, onto the diagonal
-constexpr int LANES = 4;               // of a pair of columns: 32 pairs for 128 threads
+constexpr double NUDGE = 1e-18;        // of the largest entry, onto the diagonal
+constexpr int LANES = 4;               // of a pair of columns
+constexpr int MOST = 512;              // threads for more than 64 columns
 
 __device__ inline double sum_of_lanes(double x) {
   x += shuffle_xor(x, 1);
   return x + shuffle_xor(x, 2);
 }
 
-__global__ void __launch_bounds__(THREADS) jacobi_kernel(const double* first, const double* second, int width, int k,
-                                                         float* s, double* left, double* right,
-                                                         const double* partial_squares, int64_t parts,
-                                                         double* squares) {
+// C is first second, both lower triangular, or first alone where second is null.
+template <int BLOCK, class S>
+__global__ void __launch_bounds__(BLOCK) jacobi_kernel(const double* first, const double* second, int width, int k,
+                                                       S* s, double* left, double* right, double* memory,
+                                                       const double* partial_squares, int64_t parts,
+                                                       double* squares) {
   const int64_t matrix = blockIdx.x;
-  double* c = reinterpret_cast<double*>(shared_memory());  // [width, width] by columns: C, then U diag(S)
-  double* v = c + width * width;                           // [width, width] by columns
-  double* size = v + width * width;                        // [width]
+  double* size = reinterpret_cast<double*>(shared_memory());  // [width]
+  // [width, width] by columns: C, then U diag(S); and V
+  double* c = memory == nullptr ? size + width : memory + matrix * 2 * width * width;
+  double* v = c + width * width;
   first += matrix * width * width;
-  second += matrix * width * width;
+  if (second != nullptr) second += matrix * width * width;
 
-  for (int i = threadIdx.x; i < width * width; i += THREADS) {
+  for (int i = threadIdx.x; i < width * width; i += BLOCK) {
     const int row = i % width, column = i / width;
-    double sum = 0;
-    for (int j = column; j <= row; ++j) sum += first[row * width + j] * second[j * width + column];
+    double sum = second == nullptr ? first[row * width + column] : 0;
+    for (int j = column; j <= row && second != nullptr; ++j) sum += first[row * width + j] * second[j * width + column];
     c[i] = sum;
     v[i] = row == column;
   }
   barrier();
   double largest = 0;
-  for (int i = threadIdx.x; i < width; i += THREADS) {
+  for (int i = threadIdx.x; i < width; i += BLOCK) {
     double of_column = 0;
     for (int row = 0; row < width; ++row) {
       const double x = fabs(c[i * width + row]);
@@ -47,10 +52,10 @@ __global__ void __launch_bounds__(THREADS) jacobi_kernel(const double* first, co
   barrier();
   for (int i = 0; i < width; ++i) largest = size[i] > largest || size[i] != size[i] ? size[i] : largest;
   // A column of zeros has no direction; with this it has one, and U is orthonormal for every C.
-  for (int i = threadIdx.x; i < width; i += THREADS) c[i * width + i] += largest == 0 ? 1.0 : NUDGE * largest;
+  for (int i = threadIdx.x; i < width; i += BLOCK) c[i * width + i] += largest == 0 ? 1.0 : NUDGE * largest;
   barrier();
 
-  const int players = width + width % 2, pair = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+  const int players = width + width % 2, pair = threadIdx.x / LANES, lane = threadIdx.x % LANES;  // enough for all pairs
   for (int sweep = 0; sweep < SWEEPS; ++sweep) {
     bool rotated = false;
     for (int round = 0; round < players - 1; ++round) {
@@ -90,19 +95,19 @@ __global__ void __launch_bounds__(THREADS) jacobi_kernel(const double* first, co
     if (!barrier_or(rotated)) break;
   }
 
-  for (int i = threadIdx.x; i < width; i += THREADS) {
+  for (int i = threadIdx.x; i < width; i += BLOCK) {
     double sum = 0;
     for (int row = 0; row < width; ++row) sum += c[i * width + row] * c[i * width + row];
     size[i] = sqrt(sum);
   }
   barrier();
-  for (int i = threadIdx.x; i < width * width; i += THREADS) {
+  for (int i = threadIdx.x; i < width * width; i += BLOCK) {
     const int column = i / width, row = i % width;
     int place = 0;  // in descending order; of equal ones the first first
     for (int j = 0; j < width; ++j) place += size[j] > size[column] || (size[j] == size[column] && j < column);
     if (size[column] != size[column]) place = column;
     if (place >= k) continue;
-    if (row == 0) s[matrix * k + place] = largest == 0 ? 0.0f : float(size[column]);
+    if (row == 0) s[matrix * k + place] = S(largest == 0 ? 0.0 : size[column]);
     left[(matrix * k + place) * width + row] = c[i] / size[column];
     right[(matrix * k + place) * width + row] = v[i];
   }
@@ -119,8 +124,17 @@ __global__ void __launch_bounds__(THREADS) jacobi_kernel(const double* first, co
 cudaError_t jacobi(const double* first, const double* second, int64_t batch, int width, int k, float* s, double* left,
                    double* right, const double* partial_squares, int64_t parts, double* squares, cudaStream_t stream) {
   const size_t shared = (2 * width * width + width) * sizeof(double);
-  return launch(jacobi_kernel, batch, THREADS, shared, stream, first, second, width, k, s, left, right,
-                partial_squares, parts, squares);
+  return launch(jacobi_kernel<THREADS, float>, batch, THREADS, shared, stream, first, second, width, k, s, left, right,
+                nullptr, partial_squares, parts, squares);
+}
+
+int64_t small_svd_bytes(int64_t batch, int width) { return batch * 2 * width * width * int64_t(sizeof(double)); }
+
+cudaError_t small_svd(const double* c, int64_t batch, int width, double* s, double* left, double* right,
+                      void* workspace, cudaStream_t stream) {
+  if (width < 1 || width > LARGEST_SMALL || batch < 0) return cudaErrorInvalidValue;
+  return launch(jacobi_kernel<MOST, double>, batch, MOST, width * sizeof(double), stream, c, nullptr, width, width, s,
+                left, right, static_cast<double*>(workspace), nullptr, 0, nullptr);
 }
 
 }  // namespace balora

@@ -35,6 +35,14 @@ int64_t least_workspace_bytes(const Matrices& a, int width);
 cudaError_t randomized_svd(const Matrices& a, int k, int width, int n_iter, uint64_t seed, float* u, float* s,
                            float* vh, double* squares, void* workspace, int64_t bytes, cudaStream_t stream);
 
+// All singular triplets of small matrices c [batch, width, width], 1 <= width <= LARGEST_SMALL: s [batch, width], left
+// [batch, width, width] = Uᵀ, right [batch, width, width] = Vᵀ. For what comes before it, batched library calls will do;
+// their decompositions wait for the device and take one matrix after the other.
+constexpr int LARGEST_SMALL = 256;
+int64_t small_svd_bytes(int64_t batch, int width);
+cudaError_t small_svd(const double* c, int64_t batch, int width, double* s, double* left, double* right,
+                      void* workspace, cudaStream_t stream);
+
 // out = multiple * Z + U diag(weights) Vh, in the type of Z, contiguous: u [batch, m, k], weights [batch, k],
 // vh [batch, k, n], multiple [batch].
 cudaError_t low_rank_update(const Matrices& z, int k, const float* u, const float* weights, const float* vh,

@@ -69,6 +69,10 @@ int balora_jacobi(const double* first, const double* second, int64_t batch, int 
   return jacobi(first, second, batch, width, k, s, left, right, nullptr, 0, nullptr, nullptr);
 }
 
+int balora_small_svd(const double* c, int64_t batch, int width, double* s, double* left, double* right, void* memory) {
+  return small_svd(c, batch, width, s, left, right, memory, nullptr);
+}
+
 void balora_philox(uint64_t place, uint32_t row, uint32_t stream, uint64_t seed, uint32_t* out) {
   const Words words = philox(place, row, stream, seed);
   for (int i = 0; i < 4; ++i) out[i] = words.word[i];

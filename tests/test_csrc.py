@@ -259,6 +259,24 @@ def test_jacobi(library, width):
     assert (left.mT @ (s.double()[..., None] * right) - c).abs().max() < 1e-6 * exact.max()
 
 
+@pytest.mark.parametrize("width", [1, 65, 138, 256])
+def test_small_svd(library, width):
+    c = torch.randn(4, width, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    c[1] = c[1, :, :3] @ c[1, :3] if width > 3 else c[1]  # of rank 3, up to rounding
+    c[2, :, width // 2 :] = 0
+    c[3] = 0
+    s, left, right = (aligned(4 * count, torch.float64) for count in (width, width**2, width**2))
+    assert call(library, "small_svd", c, 4, width, s, left, right, aligned(8 * width**2, torch.float64)) == 0
+    s, left, right = s.view(4, width), left.view(4, width, width), right.view(4, width, width)
+    exact = torch.linalg.svdvals(c)
+    assert ((s - exact).abs() <= 1e-13 * width * exact[:, :1]).all()
+    assert not s[3].any()
+    for rows in (left, right):
+        assert (rows @ rows.mT - torch.eye(width)).abs().max() < 1e-11
+    assert (left.mT @ (s[..., None] * right) - c).abs().max() < 1e-13 * width * exact.max()
+    assert call(library, "small_svd", c, 4, 257, s, left, right, None) != 0
+
+
 # float32 holds neither of these two
 FLOAT_CASES = [name for name in CASES if name not in ("huge", "tiny")]
 
