@@ -2,8 +2,8 @@
 # make test   set everything up, run the tests; ends with the branches of balora/ that no test takes
 # make bench  linear_objective against its peers, and the microbenchmarks, on this machine
 # make lint   ruff and mypy
-# make gpu    builds the extension, runs the GPU tests, then the benchmarks to benchmarks/results/, with the Python at hand and nothing to download
-# make gpu-sanitize  a few GPU tests under compute-sanitizer (memcheck, racecheck)
+# make gpu    builds the extension, runs the GPU tests, then the benchmarks to benchmarks/results/; nothing to download
+# make gpu-sanitize  a few GPU tests under compute-sanitizer (memcheck, racecheck; the extension's also initcheck, synccheck)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -30,6 +30,8 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/linear_objective.py
 	$(BIN)/python benchmarks/logit_losses.py
+	$(BIN)/python benchmarks/randomized_svd.py
+	$(BIN)/python benchmarks/pissa_setup.py
 	$(BIN)/python -m pytest benchmarks/test_micro.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 GPU := HF_HUB_OFFLINE=1 PYTHONPATH=.:kernels:benchmarks $(PYTHON)
@@ -40,12 +42,18 @@ gpu:
 	$(GPU) -m pytest -q tests/gpu tests/test_fused.py tests/test_kernels.py -k "not compiles_without_a_spill"
 	$(GPU) benchmarks/linear_objective.py --out $(RESULTS)/linear-objective-gpu
 	$(GPU) benchmarks/logit_losses.py --out $(RESULTS)/logit-losses-gpu
+	$(GPU) benchmarks/randomized_svd.py --out $(RESULTS)/randomized-svd-gpu
+	$(GPU) benchmarks/pissa_setup.py --out $(RESULTS)/pissa-setup-gpu
 	$(GPU) -m pytest -q tests/gpu/test_kernels.py -k two_percent -rP | grep "^KL" > $(RESULTS)/kl-accuracy-gpu.txt
 
 gpu-sanitize:
 	for tool in memcheck racecheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(GPU:$(PYTHON)=compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON)) \
 	    -m pytest -q tests/test_fused.py -k "budget and all or losses_on_logits or awkward" || exit 1; \
+	done
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(GPU:$(PYTHON)=compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON)) \
+	    -m pytest -q tests/gpu/test_extension.py -k "ends or batches or nan or svd_loss or wider" || exit 1; \
 	done
 
 clean:

@@ -81,14 +81,58 @@ def test_wider_sketches(ops, m, n, rank):
     assert_svd_of(a, ops.randomized_svd(a.cuda(), rank, 0, 6, 0), rank, 1e-3)
 
 
+# Many tiles and slices, whole and in part; rows that do not begin on 16 bytes; of bf16, one reading an iteration.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 2048, 32000), (3, 512, 2048), (5, 300, 1999), (1, 5000, 130), (1, 3, 70000)], ids=str
+)
+def test_large_matrices(ops, shape, dtype):
+    a = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    a = (a * torch.arange(1, shape[2] + 1, device="cuda") ** -0.7).to(dtype)
+    u, s, vh, squares = ops.randomized_svd(a, 10, 54, 4, 0)
+    exact_squares = a.double().square().sum((1, 2))
+    torch.testing.assert_close(squares, exact_squares, rtol=1e-6, atol=0)
+    assert_orthonormal(u.cpu(), vh.cpu())
+    wide = a.double()
+    gram = wide @ wide.mT if shape[1] < shape[2] else wide.mT @ wide
+    exact = torch.linalg.eigvalsh(gram).flip(-1)[:, : s.shape[1]].clamp_min(0).sqrt()
+    assert ((s - exact).abs() <= 1e-4 * exact[:, :1]).all()
+    assert ((wide @ vh.double().mT - u * s[:, None]).abs() <= 1e-2 * exact[:, :1, None]).all()
+
+
+def test_ten_thousand_matrices(ops):
+    a = torch.randn(10_000, 12, 9, device="cuda")
+    s = ops.randomized_svd(a, 9, 0, 0, 0)[1]
+    assert (s - torch.linalg.svdvals(a.double())).abs().max() < 1e-4
+
+
+def test_more_than_two_to_the_31_entries(ops):
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB")
+    a = torch.zeros(70_000, 32_000, dtype=torch.bfloat16, device="cuda")
+    a[-1, -1] = 3.0
+    a[-2, 5] = 2.0
+    u, s, vh, squares = ops.randomized_svd(a, 2, 10, 1, 0)
+    torch.testing.assert_close(s.cpu(), torch.tensor([3.0, 2.0]))
+    assert u[-1, 0].abs() > 0.999
+    assert vh[0, -1].abs() > 0.999
+    assert squares.item() == 13.0
+    out = ops.low_rank_update(a, u, s, vh, torch.ones((), device="cuda"))
+    assert out[-1, -1].item() == pytest.approx(6.0, rel=1e-2)
+
+
 def test_nothing_waits_for_the_device(ops):
     a = torch.randn(8, 300, 200, device="cuda")
+    z = torch.randn(600, 900, device="cuda", requires_grad=True)
+    ops.randomized_svd(a, 100, 10, 2, 0)  # loads the libraries
+    F.svd_loss(z, impl="cuda").backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for x in (a, a.bfloat16(), a.mT):
-            u, s, vh, squares = ops.randomized_svd(x, 16, 10, 2, 0)
-            ops.low_rank_update(x, u, s, vh, squares.float())
+        for x, rank in ((a, 16), (a.bfloat16(), 16), (a.mT, 16), (a, 100), (a.double(), 16)):
+            u, s, vh, squares = ops.randomized_svd(x, rank, 10, 2, 0)
+            ops.low_rank_update(x, u, s, vh, squares.to(s.dtype))
+        F.svd_loss(z, impl="cuda").backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -142,6 +186,24 @@ def test_auto_takes_it_with_the_gradient_of_the_reference(ops, dtype):
     (F.randomized_svd(wide, 3, impl="reference")[1] * weights).sum().backward()
     assert a.grad.dtype == dtype
     assert (a.grad - wide.grad).norm() <= max(1e-3, torch.finfo(dtype).eps) * wide.grad.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(64, 512), (913, 4000), (1000, 7)], ids=str)
+def test_svd_loss(ops, shape, dtype):
+    z = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    z = (z * torch.arange(1, shape[1] + 1, device="cuda") ** -0.7).to(dtype)
+    valid = torch.arange(shape[0], device="cuda") % 4 > 0
+    for chosen in (None, valid):
+        leaf, wide = z.clone().requires_grad_(), z.double().requires_grad_()
+        value = F.svd_loss(leaf, 5, valid=chosen, impl="cuda")
+        exact = F.svd_loss(wide, 5, valid=chosen, impl="reference")
+        value.backward()
+        exact.backward()
+        assert value.item() == pytest.approx(exact.item(), rel=1e-5)
+        assert leaf.grad.dtype == dtype
+        assert (leaf.grad - wide.grad).norm() <= max(1e-3, torch.finfo(dtype).eps) * wide.grad.norm()
+    assert dispatch.choose("svd_loss", device=z.device) == "cuda"
 
 
 def test_what_torch_checks_of_an_operator(ops):
