@@ -26,9 +26,10 @@ __global__ void __launch_bounds__(BLOCK) jacobi_kernel(const double* first, cons
                                                        double* squares) {
   const int64_t matrix = blockIdx.x;
   double* size = reinterpret_cast<double*>(shared_memory());  // [width]
-  // [width, width] by columns: C, then U diag(S); and V
-  double* c = memory == nullptr ? size + width : memory + matrix * 2 * width * width;
-  double* v = c + width * width;
+  const int pitch = width | 1;  // an odd one keeps the banks of neighbouring columns apart
+  // [width, pitch], columns one after the other: C, then U diag(S); and V
+  double* c = memory == nullptr ? size + width : memory + matrix * 2 * width * pitch;
+  double* v = c + width * pitch;
   first += matrix * width * width;
   if (second != nullptr) second += matrix * width * width;
 
@@ -36,15 +37,15 @@ __global__ void __launch_bounds__(BLOCK) jacobi_kernel(const double* first, cons
     const int row = i % width, column = i / width;
     double sum = second == nullptr ? first[row * width + column] : 0;
     for (int j = column; j <= row && second != nullptr; ++j) sum += first[row * width + j] * second[j * width + column];
-    c[i] = sum;
-    v[i] = row == column;
+    c[column * pitch + row] = sum;
+    v[column * pitch + row] = row == column;
   }
   barrier();
   double largest = 0;
   for (int i = threadIdx.x; i < width; i += BLOCK) {
     double of_column = 0;
     for (int row = 0; row < width; ++row) {
-      const double x = fabs(c[i * width + row]);
+      const double x = fabs(c[i * pitch + row]);
       of_column = x > of_column || x != x ? x : of_column;
     }
     size[i] = of_column;
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(BLOCK) jacobi_kernel(const double* first, cons
   barrier();
   for (int i = 0; i < width; ++i) largest = size[i] > largest || size[i] != size[i] ? size[i] : largest;
   // A column of zeros has no direction; with this it has one, and U is orthonormal for every C.
-  for (int i = threadIdx.x; i < width; i += BLOCK) c[i * width + i] += largest == 0 ? 1.0 : NUDGE * largest;
+  for (int i = threadIdx.x; i < width; i += BLOCK) c[i * pitch + i] += largest == 0 ? 1.0 : NUDGE * largest;
   barrier();
 
   const int players = width + width % 2, pair = threadIdx.x / LANES, lane = threadIdx.x % LANES;  // enough for all pairs
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(BLOCK) jacobi_kernel(const double* first, cons
         p = q, q = other;
       }
       const bool plays = pair < players / 2 && q < width;
-      double *cp = c + p * width, *cq = c + q * width, *vp = v + p * width, *vq = v + q * width;
+      double *cp = c + p * pitch, *cq = c + q * pitch, *vp = v + p * pitch, *vq = v + q * pitch;
       double pp = 0, qq = 0, pq = 0;
       for (int i = lane; i < width && plays; i += LANES) {
         pp += cp[i] * cp[i];
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(BLOCK) jacobi_kernel(const double* first, cons
 
   for (int i = threadIdx.x; i < width; i += BLOCK) {
     double sum = 0;
-    for (int row = 0; row < width; ++row) sum += c[i * width + row] * c[i * width + row];
+    for (int row = 0; row < width; ++row) sum += c[i * pitch + row] * c[i * pitch + row];
     size[i] = sqrt(sum);
   }
   barrier();
@@ -108,8 +109,8 @@ __global__ void __launch_bounds__(BLOCK) jacobi_kernel(const double* first, cons
     if (size[column] != size[column]) place = column;
     if (place >= k) continue;
     if (row == 0) s[matrix * k + place] = S(largest == 0 ? 0.0 : size[column]);
-    left[(matrix * k + place) * width + row] = c[i] / size[column];
-    right[(matrix * k + place) * width + row] = v[i];
+    left[(matrix * k + place) * width + row] = c[column * pitch + row] / size[column];
+    right[(matrix * k + place) * width + row] = v[column * pitch + row];
   }
 
   if (squares != nullptr && threadIdx.x == 0) {
@@ -123,12 +124,12 @@ __global__ void __launch_bounds__(BLOCK) jacobi_kernel(const double* first, cons
 
 cudaError_t jacobi(const double* first, const double* second, int64_t batch, int width, int k, float* s, double* left,
                    double* right, const double* partial_squares, int64_t parts, double* squares, cudaStream_t stream) {
-  const size_t shared = (2 * width * width + width) * sizeof(double);
+  const size_t shared = (2 * width * (width | 1) + width) * sizeof(double);
   return launch(jacobi_kernel<THREADS, float>, batch, THREADS, shared, stream, first, second, width, k, s, left, right,
                 nullptr, partial_squares, parts, squares);
 }
 
-int64_t small_svd_bytes(int64_t batch, int width) { return batch * 2 * width * width * int64_t(sizeof(double)); }
+int64_t small_svd_bytes(int64_t batch, int width) { return batch * 2 * width * (width | 1) * int64_t(sizeof(double)); }
 
 cudaError_t small_svd(const double* c, int64_t batch, int width, double* s, double* left, double* right,
                       void* workspace, cudaStream_t stream) {

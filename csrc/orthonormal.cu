@@ -14,13 +14,14 @@ namespace balora {
 namespace {
 
 constexpr int TILE = 64;            // entries of the panel's rows that a block holds at a time
+constexpr int WIDE = 512;            // threads that factor a matrix
 constexpr double DEPENDENT = 1e-12;  // of a column's square that is left: 1e-6 of its length
 
 // panel = scale * (sum of the slices), and the Gram matrix of the rows, over this block's part of the length.
 template <int L>
 __global__ void __launch_bounds__(THREADS) gather_kernel(const float* partial, int64_t slices, float scale,
                                                          float* panel, Panel shape, int64_t blocks, double* grams) {
-  constexpr int ACROSS = L / 16, DOWN = L / 8, WIDE = TILE + 1;  // 8 x 16 threads, each with DOWN x ACROSS pairs of rows
+  constexpr int ACROSS = L / 16, DOWN = L / 8, PITCH = TILE + 1;  // 8 x 16 threads, each with DOWN x ACROSS pairs of rows
   double* tile = reinterpret_cast<double*>(shared_memory());  // [L, TILE], a column of padding
   const int64_t matrix = blockIdx.x / blocks, block = blockIdx.x % blocks;
   const int64_t each = (shape.stride / TILE + blocks - 1) / blocks * TILE;
@@ -36,17 +37,17 @@ __global__ void __launch_bounds__(THREADS) gather_kernel(const float* partial, i
       for (int64_t s = 0; s < slices; ++s) x += partial[s * L * shape.stride + at];
       x *= scale;
       panel[at] = x;
-      tile[i / TILE * WIDE + i % TILE] = x;
+      tile[i / TILE * PITCH + i % TILE] = x;
     }
     barrier();
 #pragma unroll 2
     for (int at = 0; at < TILE; ++at) {
       double column[ACROSS];
 #pragma unroll
-      for (int j = 0; j < ACROSS; ++j) column[j] = tile[(two + 16 * j) * WIDE + at];
+      for (int j = 0; j < ACROSS; ++j) column[j] = tile[(two + 16 * j) * PITCH + at];
 #pragma unroll
       for (int i = 0; i < DOWN; ++i) {
-        const double row = tile[(one + 8 * i) * WIDE + at];
+        const double row = tile[(one + 8 * i) * PITCH + at];
 #pragma unroll
         for (int j = 0; j < ACROSS; ++j) sums[i][j] += row * column[j];
       }
@@ -63,47 +64,51 @@ __global__ void __launch_bounds__(THREADS) gather_kernel(const float* partial, i
 
 // Cholesky with its inverse, in one elimination: g -> lower, the identity -> lower⁻¹. Of a dependent column both have
 // zeros.
-__global__ void __launch_bounds__(THREADS) factor_kernel(const double* grams, int64_t blocks, int L, int width,
-                                                         double* lower, double* inverse) {
+__global__ void __launch_bounds__(WIDE, 2) factor_kernel(const double* grams, int64_t blocks, int L, int width,
+                                                      double* lower, double* inverse) {
   double* g = reinterpret_cast<double*>(shared_memory());  // [width, width]
   double* x = g + width * width;                           // [width, width]
   double* before = x + width * width;                      // [width]: the diagonal
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;  // a warp has rows, its threads columns
   grams += blockIdx.x * blocks * L * L;
   bool broken = false;
-  for (int i = threadIdx.x; i < width * width; i += THREADS) {
-    const int row = i / width, column = i % width;
-    double sum = 0;
-    for (int64_t b = 0; b < blocks; ++b) sum += grams[(b * L + row) * L + column];
-    g[i] = sum;
-    x[i] = row == column;
-    if (row == column) before[row] = sum;
-    broken |= !(sum - sum == 0);
+  for (int row = warp; row < width; row += WIDE / 32) {
+    for (int column = lane; column < width; column += 32) {
+      double sum = 0;
+      for (int64_t b = 0; b < blocks; ++b) sum += grams[(b * L + row) * L + column];
+      g[row * width + column] = sum;
+      x[row * width + column] = row == column;
+      if (row == column) before[row] = sum;
+      broken |= !(sum - sum == 0);
+    }
   }
   broken = barrier_or(broken);
   for (int j = 0; j < width; ++j) {
     const double pivot = g[j * width + j];
     const double scale = pivot <= DEPENDENT * before[j] ? 0 : rsqrt(pivot);
-    const int below = width - j - 1;
-    for (int i = threadIdx.x; i < below * width; i += THREADS) {
-      const int row = j + 1 + i / width, column = i % width;
+    for (int row = j + 1 + warp; row < width; row += WIDE / 32) {
       const double factor = g[row * width + j] * scale;
-      if (column <= j)
-        x[row * width + column] -= factor * (x[j * width + column] * scale);
-      else if (column <= row)
-        g[row * width + column] -= factor * (g[column * width + j] * scale);
+      for (int column = lane; column <= row; column += 32) {
+        if (column <= j)
+          x[row * width + column] -= factor * (x[j * width + column] * scale);
+        else
+          g[row * width + column] -= factor * (g[column * width + j] * scale);
+      }
     }
     barrier();
-    for (int i = threadIdx.x; i < width; i += THREADS) {
+    for (int i = threadIdx.x; i < width; i += WIDE) {
       if (i >= j) g[i * width + j] *= scale;
       if (i <= j) x[j * width + i] *= scale;
     }
   }
   barrier();
   const int64_t at = blockIdx.x * int64_t(width) * width;
-  for (int i = threadIdx.x; i < width * width; i += THREADS) {
-    const bool used = i % width <= i / width;
-    lower[at + i] = broken ? NAN : used ? g[i] : 0;
-    inverse[at + i] = broken ? NAN : used ? x[i] : 0;
+  for (int row = warp; row < width; row += WIDE / 32) {
+    for (int column = lane; column < width; column += 32) {
+      const int i = row * width + column;
+      lower[at + i] = broken ? NAN : column <= row ? g[i] : 0;
+      inverse[at + i] = broken ? NAN : column <= row ? x[i] : 0;
+    }
   }
 }
 
@@ -179,7 +184,7 @@ cudaError_t gather(const float* partial, int64_t slices, float scale, float* pan
 cudaError_t factor(const double* grams, int64_t blocks, int64_t batch, int L, int width, double* lower,
                    double* inverse, cudaStream_t stream) {
   const size_t shared = (2 * width * width + width) * sizeof(double);
-  return launch(factor_kernel, batch, THREADS, shared, stream, grams, blocks, L, width, lower, inverse);
+  return launch(factor_kernel, batch, WIDE, shared, stream, grams, blocks, L, width, lower, inverse);
 }
 
 cudaError_t apply(float* panel, int64_t batch, int L, int width, const Panel& shape, const double* inverse, Type type,
