@@ -293,9 +293,9 @@ def randomized_svd(
     the whole batch at once. The expected error of a σ falls like (σ_{l+1}/σ_i)^(4·n_iter + 2), l = rank + oversample;
     where l reaches min(m, n) it is exact up to rounding. The same bits for the same seed, device and implementation.
 
-    "cuda": kernels where l ≤ 64 (float32, bfloat16, float16; of bfloat16 the sketch's panels have 16 bits: σ within about
-    1e-6 of σ_1), batched products and one kernel for the small matrix where l is larger or the input float64. Nothing
-    waits for the device up to l = 256, and a batch that does not fit into 512 MiB of scratch is taken in parts.
+    "cuda": kernels where l ≤ 64 (float32, bfloat16, float16; with bfloat16 the sketch's panels have 16 bits: σ within
+    about 1e-6 of σ_1), batched products and one kernel for the small matrix where l is larger or the input float64.
+    Nothing waits for the device up to l = 256; a batch that does not fit into 512 MiB of scratch is taken in parts.
 
     The gradient goes through S alone: ∂L/∂A = U diag(∂L/∂S) Vh, 0 where a σ is 0. U and Vh are detached.
 

@@ -20,6 +20,7 @@ constexpr int RESIDENT = L <= 32 ? 3 : 2;
 template <int L>
 constexpr int AHEAD = L <= 16 ? 2 : 1;
 constexpr int64_t SHORTEST = 256;  // entries of a sum: below, its partial results weigh more than A
+constexpr int64_t LONGEST = 1024;  // above, the truncation in the tensor cores' accumulators adds up
 
 template <class T>
 constexpr int VECTOR = 16 / sizeof(T);
@@ -260,7 +261,8 @@ Cut cut(const Matrices& a, bool transposed, int64_t batch) {
   const int64_t tile = transposed ? WARPS * 128 / item_size(a.type) : WARPS * ROWS;
   const int64_t tiles = divide_up(transposed ? a.n : a.m, tile), length = transposed ? a.m : a.n;
   const int64_t wanted = divide_up(BLOCKS, batch * tiles), most = divide_up(length, SHORTEST);
-  const int64_t step = round_up(divide_up(length, wanted < most ? wanted : most), 64);
+  const int64_t even = round_up(divide_up(length, wanted < most ? wanted : most), 64);
+  const int64_t step = even < LONGEST ? even : LONGEST;
   return {tiles, divide_up(length, step), step};
 }
 
