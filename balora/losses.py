@@ -150,8 +150,8 @@ def svd_loss(
             number it means all.
         norm: "fro" (Frobenius) or "nuclear" (the sum of all singular values).
         valid: as in ``consistency_loss``. For "cuda" the rows that count are copied, where not all do.
-        impl: "auto", "streaming", "cuda" (CUDA devices, the compiled extension; norm "fro", k ≤ 54, not for float64; no
-            wait for the device) or "reference". "auto" takes "cuda" where that runs.
+        impl: "auto", "streaming", "cuda" (CUDA devices, the compiled extension; norm "fro", k ≤ 54, not for float64;
+            without a mask no wait for the device) or "reference". "auto" takes "cuda" where that runs.
 
     Returns:
         [] in float32 (float64 for float64 logits). Of a zero matrix, or without a valid row, a connected 0.
