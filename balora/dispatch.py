@@ -19,7 +19,7 @@ OPERATIONS = {
     "linear_objective": ("triton", "streaming", "reference"),
     "consistency_loss": ("triton", "streaming", "reference"),
     "diversity_loss": ("triton", "streaming", "reference"),
-    "svd_loss": ("cuda", "streaming", "reference"),
+    "svd_loss": ("streaming", "cuda", "reference"),
     "covariance_loss": ("streaming", "reference"),
     "randomized_svd": ("cuda", "torch", "reference"),
 }
@@ -120,7 +120,7 @@ def choose(
 def _first(known: tuple[str, ...], device: torch.device | None, limits: Mapping[str, str | None]) -> str:
     on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     for name in known:
-        if name in _ON_GPU and (not on_gpu or _interprets()):
+        if name in _ON_GPU and (not on_gpu or (name == "triton" and _interprets())):
             continue
         if not limits.get(name) and (name not in _ON_GPU or not why_not(name, device)):
             return name

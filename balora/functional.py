@@ -310,13 +310,14 @@ def randomized_svd(
 
     Returns:
         U [..., m, k], S [..., k] descending, Vh [..., k, n], in float32 (float64 for float64 inputs), with orthonormal
-        columns and rows for rank-deficient and zero matrices too. A matrix with a NaN or infinite entry gives NaN.
+        columns and rows for rank-deficient and zero matrices too. A matrix with a NaN or infinite entry gives NaN, and
+        so may one with entries so near the end of its type's range that a product with it overflows.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
-    if not isinstance(a, Tensor) or not a.is_floating_point():
-        raise TypeError(f"a: expected a floating-point tensor [..., m, n], found {describe(a)}")
+    if not isinstance(a, Tensor) or not a.is_floating_point() or a.dtype.itemsize < 2:
+        raise TypeError(f"a: expected a floating-point tensor [..., m, n] of at least 16 bits, found {describe(a)}")
     impl = dispatch.choose("randomized_svd", impl, a.device)
     if a.dim() < 2 or 0 in a.shape[-2:]:
         raise ValueError(f"a: expected the shape [..., m, n] with m and n of at least 1, found {describe(a)}")
@@ -324,8 +325,9 @@ def randomized_svd(
     for name, value in (("oversample", oversample), ("n_iter", n_iter), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected a whole number, found {describe(value)}")
-        if value < 0:
-            raise ValueError(f"{name}: expected 0 or more, found {value!r}")
+        if not 0 <= value < 2**63:
+            raise ValueError(f"{name}: expected 0 or more, below 2**63, found {value!r}")
+    oversample = min(oversample, max(a.shape[-2:]))
     with torch.autocast(a.device.type, enabled=False):
         if impl == "reference":
             return reference.randomized_svd(a.to(torch.promote_types(a.dtype, torch.float32)), rank)
@@ -338,10 +340,9 @@ class _RandomizedSVD(torch.autograd.Function):
     def forward(ctx, a, rank, oversample, n_iter, seed, impl):
         if impl == "cuda":
             u, s, vh, _ = torch.ops.balora.randomized_svd(a, rank, oversample, n_iter, seed)
-            ctx.save_for_backward(u, s, vh, a)
         else:
             u, s, vh = spectral.randomized_svd(a, rank, oversample, n_iter, seed)
-            ctx.save_for_backward(u, s, vh)
+        ctx.save_for_backward(u, s, vh)
         ctx.dtype = a.dtype
         ctx.mark_non_differentiable(u, vh)
         return u, s, vh
@@ -349,15 +350,11 @@ class _RandomizedSVD(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, _, grad_s, __):
-        u, s, vh, *a = ctx.saved_tensors
+        u, s, vh = ctx.saved_tensors
         noise = s[..., :1] * torch.finfo(s.dtype).eps
         grad_s = torch.where(s <= noise, torch.zeros_like(grad_s), grad_s)
-        if a:
-            grad = torch.ops.balora.low_rank_update(*a, u, grad_s, vh, torch.zeros_like(s[..., 0]))
-        else:
-            with torch.autocast(u.device.type, enabled=False):
-                grad = ((u * grad_s[..., None, :]) @ vh).to(ctx.dtype)
-        return grad, *[None] * 5
+        with torch.autocast(u.device.type, enabled=False):
+            return ((u * grad_s[..., None, :]) @ vh).to(ctx.dtype), *[None] * 5
 
 
 def _check(hidden, teacher_hidden, head, labels, config, teacher_head, normalizer) -> None:

@@ -141,8 +141,9 @@ def svd_loss(
     "streaming": exact up to the rounding of the smaller Gram matrix of Z where min(N, V) ≤ 512 or the norm is nuclear.
     Else by block Krylov iteration, twelve passes over tiles of Z: on a flat random spectrum (2048 × 4096), the worst
     case, 2e-4 off; where the spectrum falls, to the rounding of float32. "cuda": a sketch of 64 columns and four power
-    iterations, ten readings of Z and nothing of its size but the gradient: on real logits (stories15M, N 913) 3e-8 off,
-    its gradient 1e-5; on a flat random spectrum (512 × 8000) 2.5e-2 below, where no direction is a leading one.
+    iterations, ten readings of Z and nothing of its size but the gradient. It is for spectra that fall, as those of
+    language models do: on real logits (stories15M, N 913) the value is 3e-8 off, the gradient 1e-5. On a flat one, of
+    512 × 8000 random logits, the value is 2.5e-2 off and the gradient has other directions: none is a leading one.
 
     Args:
         logits: Z [N, V] or [B, S, V], floating point, of any strides.
@@ -151,7 +152,7 @@ def svd_loss(
         norm: "fro" (Frobenius) or "nuclear" (the sum of all singular values).
         valid: as in ``consistency_loss``. For "cuda" the rows that count are copied, where not all do.
         impl: "auto", "streaming", "cuda" (CUDA devices, the compiled extension; norm "fro", k ≤ 54, not for float64;
-            without a mask no wait for the device) or "reference". "auto" takes "cuda" where that runs.
+            without a mask no wait for the device) or "reference". "auto" takes "streaming", which holds for any logits.
 
     Returns:
         [] in float32 (float64 for float64 logits). Of a zero matrix, or without a valid row, a connected 0.
@@ -191,13 +192,12 @@ class _SketchedSVD(torch.autograd.Function):
             return z.new_zeros((), dtype=torch.float32)
         rows = z if kept is None else z[kept]
         u, s, vh, squares = torch.ops.balora.randomized_svd(rows, k, _SKETCH - k, _POWER, 0)
-        zero = squares == 0
-        norm = squares.sqrt().to(s.dtype).masked_fill(zero, 1.0)
-        value = -(s / norm).sum()
+        squares = squares.masked_fill(squares == 0, 1.0)
+        value = -(s.double() / squares.sqrt()).sum()  # in float64: a square may leave the range of float32
         noise = s <= s[:1] * torch.finfo(s.dtype).eps  # of a rank below k: no direction, no gradient
-        weights = (-1 / norm).expand_as(s).masked_fill(noise, 0.0)
-        ctx.save_for_backward(z, kept, rows, u, weights, vh, -value / norm**2)
-        return value
+        weights = (-1 / squares.sqrt()).expand_as(s).masked_fill(noise, 0.0)
+        ctx.save_for_backward(z, kept, rows, u, weights, vh, -value / squares)
+        return value.to(s.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -206,7 +206,8 @@ class _SketchedSVD(torch.autograd.Function):
         if not rest:
             return torch.zeros_like(z), None, None
         kept, rows, u, weights, vh, multiple = rest
-        grad = torch.ops.balora.low_rank_update(rows, u, weights * grad_loss, vh, multiple * grad_loss)
+        weights, multiple = ((grad_loss.double() * t).to(u.dtype) for t in (weights, multiple))
+        grad = torch.ops.balora.low_rank_update(rows, u, weights, vh, multiple)
         if kept is not None:
             grad = torch.zeros_like(z).index_copy_(0, kept, grad)
         return grad, None, None

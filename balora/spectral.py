@@ -313,7 +313,9 @@ def randomized_svd(a: Tensor, rank: int, oversample: int, n_iter: int, seed: int
     b = q @ a  # [batch, l, n]
     p = orthonormal(b, generator)
     # Projected anew: the triangular factor would carry the shifts.
-    u, s, vh = (x.to(a) for x in torch.linalg.svd(b.double() @ p.double().mT))  # of [batch, l, l]
+    small = b.double() @ p.double().mT  # [batch, l, l]
+    broken |= ~torch.isfinite(_largest(small))  # entries near the end of float32 overflow in a product
+    u, s, vh = (x.to(a) for x in torch.linalg.svd(small.masked_fill(broken, 0.0)))
     u, s, vh = q.mT @ u[..., :k], s[..., :k], vh[..., :k, :] @ p
     u, s, vh = (x.masked_fill(broken.view(-1, *[1] * (x.dim() - 1)), torch.nan) for x in (u, s, vh))
     return u.reshape(*shape[:-2], m, k), s.reshape(*shape[:-2], k), vh.reshape(*shape[:-2], k, n)

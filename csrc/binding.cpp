@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> small_svd(const Tensor& c) {
 Factors by_aten(Tensor a, int64_t rank, int64_t oversample, int64_t n_iter, int64_t seed) {
   const auto m = a.size(1), n = a.size(2), k = std::min({rank, m, n});
   const auto width = std::min({k + oversample, m, n});
-  const auto broken = largest(a).isfinite().logical_not();  // [batch, 1, 1]
+  auto broken = largest(a).isfinite().logical_not();  // [batch, 1, 1]
   const auto squares = at::linalg_vector_norm(a, 2, -1, false, at::kDouble).square().sum(-1);
   if (a.is_cuda() || broken.any().item<bool>()) a = a.masked_fill(broken, 0);
   a = a.to(arithmetic(a));
@@ -135,7 +135,10 @@ Factors by_aten(Tensor a, int64_t rank, int64_t oversample, int64_t n_iter, int6
   }
   const auto b = at::matmul(q, a);  // [batch, l, n]
   const auto p = orthonormal(b, generator, true);
-  auto [u, s, vh] = small_svd(at::matmul(b.to(at::kDouble), p.to(at::kDouble).mT()));  // of [batch, l, l]
+  // Entries near the end of float32 can overflow in a product: NaN, as for those that are not finite.
+  const auto small = at::matmul(b.to(at::kDouble), p.to(at::kDouble).mT());  // [batch, l, l]
+  broken.logical_or_(largest(small).isfinite().logical_not());
+  auto [u, s, vh] = small_svd(small.masked_fill(broken, 0));
   u = u.to(a.scalar_type()), s = s.to(a.scalar_type()), vh = vh.to(a.scalar_type());
   const auto nan = std::numeric_limits<double>::quiet_NaN();
   return {at::matmul(q.mT(), u.narrow(2, 0, k)).masked_fill_(broken, nan),
@@ -145,9 +148,6 @@ Factors by_aten(Tensor a, int64_t rank, int64_t oversample, int64_t n_iter, int6
 }
 
 #ifdef BALORA_WITH_CUDA
-
-// Device memory for the kernels; larger batches are taken in parts.
-constexpr int64_t WORKSPACE_BYTES = int64_t(512) << 20;
 
 bool has_kernels(const Tensor& a) { return a.is_cuda() && a.scalar_type() != at::kDouble; }
 
@@ -176,8 +176,7 @@ Factors by_kernels(Tensor a, int64_t k, int64_t width, int64_t n_iter, int64_t s
   const auto u = at::empty({batch, m, k}, options), s = at::empty({batch, k}, options);
   const auto vh = at::empty({batch, k, n}, options), squares = at::empty({batch}, options.dtype(at::kDouble));
   const auto all = matrices(a);
-  const auto bytes = std::max(balora::least_workspace_bytes(all, int(width)),
-                              std::min(balora::workspace_bytes(all, int(width)), WORKSPACE_BYTES));
+  const auto bytes = balora::workspace_bytes(all, int(width));
   const auto workspace = at::empty({bytes}, options.dtype(at::kByte));  // aligned to 512 bytes
   check(balora::randomized_svd(all, int(k), int(width), int(n_iter), uint64_t(seed), u.mutable_data_ptr<float>(),
                                s.mutable_data_ptr<float>(), vh.mutable_data_ptr<float>(),

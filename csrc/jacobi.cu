@@ -7,23 +7,48 @@
 namespace balora {
 namespace {
 
-constexpr int SWEEPS = 20;             // it converges quadratically: 6 to 9 are usual
-constexpr double ORTHOGONAL = 1e-13;   // the cosine of two columns that are not rotated
-constexpr double NUDGE = 1e-18;        // of the largest entry, onto the diagonal
-constexpr int LANES = 4;               // of a pair of columns
-constexpr int MOST = 512;              // threads for more than 64 columns
+constexpr int SWEEPS = 20;           // it converges quadratically: 6 to 10 are usual
+constexpr double EPS = 0x1p-52;
+constexpr double NUDGE = 1e-18;      // of the largest entry, onto the diagonal
+constexpr double NOTHING = 1e-100;   // of the largest entry: a column that rotations have cancelled
+constexpr int LANES = 4;             // of a pair of columns
+constexpr int MOST = 512;            // threads for more than 64 columns
 
 __device__ inline double sum_of_lanes(double x) {
   x += shuffle_xor(x, 1);
   return x + shuffle_xor(x, 2);
 }
 
+// A column that rotations have cancelled becomes orthogonal to all others: of the unit vector that they hold the
+// least of, what they do not hold. By one thread, for it hardly ever happens.
+__device__ inline void complete(double* c, double* size, int width, int pitch, int column) {
+  double most = 0;
+  int unit = 0;
+  for (int i = 0; i < width; ++i) {
+    double left = 1;
+    for (int j = 0; j < width; ++j)
+      if (size[j] != 0 || j < column) left -= c[j * pitch + i] * c[j * pitch + i];
+    if (left > most) most = left, unit = i;
+  }
+  double* u = c + column * pitch;
+  for (int i = 0; i < width; ++i) u[i] = i == unit;
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int j = 0; j < width; ++j) {
+      if (size[j] == 0 && j >= column) continue;
+      double product = 0;
+      for (int i = 0; i < width; ++i) product += c[j * pitch + i] * u[i];
+      for (int i = 0; i < width; ++i) u[i] -= product * c[j * pitch + i];
+    }
+    double square = 0;
+    for (int i = 0; i < width; ++i) square += u[i] * u[i];
+    for (int i = 0; i < width; ++i) u[i] *= rsqrt(square);
+  }
+}
+
 // C is first second, both lower triangular, or first alone where second is null.
 template <int BLOCK, class S>
 __global__ void __launch_bounds__(BLOCK) jacobi_kernel(const double* first, const double* second, int width, int k,
-                                                       S* s, double* left, double* right, double* memory,
-                                                       const double* partial_squares, int64_t parts,
-                                                       double* squares) {
+                                                       S* s, double* left, double* right, double* memory) {
   const int64_t matrix = blockIdx.x;
   double* size = reinterpret_cast<double*>(shared_memory());  // [width]
   const int pitch = width | 1;  // an odd one keeps the banks of neighbouring columns apart
@@ -52,11 +77,16 @@ __global__ void __launch_bounds__(BLOCK) jacobi_kernel(const double* first, cons
   }
   barrier();
   for (int i = 0; i < width; ++i) largest = size[i] > largest || size[i] != size[i] ? size[i] : largest;
-  // A column of zeros has no direction; with this it has one, and U is orthonormal for every C.
-  for (int i = threadIdx.x; i < width; i += BLOCK) c[i * pitch + i] += largest == 0 ? 1.0 : NUDGE * largest;
+  // Sums of squares must not leave the range of double. And a column of zeros has no direction; with a nudge it has one.
+  const double exponent = largest > 0 && largest - largest == 0 ? floor(log2(largest)) : 0;
+  const double scale = exp2(exponent < -1000 ? 1000 : -exponent);
+  for (int i = threadIdx.x; i < width * width; i += BLOCK) c[i / width * pitch + i % width] *= scale;
+  barrier();
+  for (int i = threadIdx.x; i < width; i += BLOCK) c[i * pitch + i] += largest == 0 ? 1.0 : NUDGE;
   barrier();
 
   const int players = width + width % 2, pair = threadIdx.x / LANES, lane = threadIdx.x % LANES;  // enough for all pairs
+  const double orthogonal = 2 * EPS * sqrt(double(width));  // the cosine of two columns that are not rotated
   for (int sweep = 0; sweep < SWEEPS; ++sweep) {
     bool rotated = false;
     for (int round = 0; round < players - 1; ++round) {
@@ -78,7 +108,7 @@ __global__ void __launch_bounds__(BLOCK) jacobi_kernel(const double* first, cons
       pp = sum_of_lanes(pp);
       qq = sum_of_lanes(qq);
       pq = sum_of_lanes(pq);
-      if (plays && fabs(pq) > ORTHOGONAL * sqrt(pp * qq)) {
+      if (plays && fabs(pq) > orthogonal * sqrt(pp) * sqrt(qq)) {
         rotated = true;
         const double zeta = (qq - pp) / (2 * pq);
         const double t = (zeta < 0 ? -1.0 : 1.0) / (fabs(zeta) + sqrt(1 + zeta * zeta));
@@ -97,10 +127,20 @@ __global__ void __launch_bounds__(BLOCK) jacobi_kernel(const double* first, cons
   }
 
   for (int i = threadIdx.x; i < width; i += BLOCK) {
-    double sum = 0;
-    for (int row = 0; row < width; ++row) sum += c[i * pitch + row] * c[i * pitch + row];
-    size[i] = sqrt(sum);
+    double of_c = 0, of_v = 0;
+    for (int row = 0; row < width; ++row) {
+      of_c += c[i * pitch + row] * c[i * pitch + row];
+      of_v += v[i * pitch + row] * v[i * pitch + row];
+    }
+    size[i] = of_c < NOTHING * NOTHING ? 0 : sqrt(of_c);
+    for (int row = 0; row < width; ++row) v[i * pitch + row] *= rsqrt(of_v);  // thousands of rotations leave a trace
   }
+  barrier();
+  for (int i = threadIdx.x; i < width * width; i += BLOCK)
+    if (size[i / width] != 0) c[i / width * pitch + i % width] /= size[i / width];
+  barrier();
+  for (int i = 0; i < width && threadIdx.x == 0; ++i)
+    if (size[i] == 0) complete(c, size, width, pitch, i);
   barrier();
   for (int i = threadIdx.x; i < width * width; i += BLOCK) {
     const int column = i / width, row = i % width;
@@ -108,25 +148,19 @@ __global__ void __launch_bounds__(BLOCK) jacobi_kernel(const double* first, cons
     for (int j = 0; j < width; ++j) place += size[j] > size[column] || (size[j] == size[column] && j < column);
     if (size[column] != size[column]) place = column;
     if (place >= k) continue;
-    if (row == 0) s[matrix * k + place] = S(largest == 0 ? 0.0 : size[column]);
-    left[(matrix * k + place) * width + row] = c[column * pitch + row] / size[column];
+    if (row == 0) s[matrix * k + place] = S(largest == 0 ? 0.0 : size[column] / scale);
+    left[(matrix * k + place) * width + row] = c[column * pitch + row];
     right[(matrix * k + place) * width + row] = v[column * pitch + row];
-  }
-
-  if (squares != nullptr && threadIdx.x == 0) {
-    double sum = 0;
-    for (int64_t i = 0; i < parts; ++i) sum += partial_squares[matrix * parts + i];
-    squares[matrix] = sum;
   }
 }
 
 }  // namespace
 
 cudaError_t jacobi(const double* first, const double* second, int64_t batch, int width, int k, float* s, double* left,
-                   double* right, const double* partial_squares, int64_t parts, double* squares, cudaStream_t stream) {
+                   double* right, cudaStream_t stream) {
   const size_t shared = (2 * width * (width | 1) + width) * sizeof(double);
   return launch(jacobi_kernel<THREADS, float>, batch, THREADS, shared, stream, first, second, width, k, s, left, right,
-                nullptr, partial_squares, parts, squares);
+                nullptr);
 }
 
 int64_t small_svd_bytes(int64_t batch, int width) { return batch * 2 * width * (width | 1) * int64_t(sizeof(double)); }
@@ -135,7 +169,7 @@ cudaError_t small_svd(const double* c, int64_t batch, int width, double* s, doub
                       void* workspace, cudaStream_t stream) {
   if (width < 1 || width > LARGEST_SMALL || batch < 0) return cudaErrorInvalidValue;
   return launch(jacobi_kernel<MOST, double>, batch, MOST, width * sizeof(double), stream, c, nullptr, width, width, s,
-                left, right, static_cast<double*>(workspace), nullptr, 0, nullptr);
+                left, right, static_cast<double*>(workspace));
 }
 
 }  // namespace balora

@@ -58,29 +58,31 @@ __device__ __host__ constexpr float part_scale<Float16>() {
   return 4096.0f;
 }
 
-// partial [batch, slices, L, stride of m]: A Omega; squares [batch, tiles * slices]: of sum to ||A||_F^2.
+// partial [batch, slices, L, stride of m]: A Omega; squares [batch] = ||A||_F^2 from sums [batch, tiles * slices], NaN
+// where it is not finite.
 cudaError_t sketch(const Matrices& a, int64_t first, int64_t batch, int L, const Cut& cut, uint64_t seed,
-                   float* partial, double* squares, cudaStream_t stream);
+                   float* partial, double* sums, double* squares, cudaStream_t stream);
 // partial [batch, slices, L, ...]: A X, or Aᵀ X; operand [batch, parts, L, stride] are the parts of X.
 cudaError_t multiply(const Matrices& a, int64_t first, int64_t batch, bool transposed, int L, const Cut& cut,
                      const void* operand, float* partial, cudaStream_t stream);
-// A (Aᵀ X) with one reading of A: in how many slices, 0 where it cannot be done; and partial as of `multiply`.
+// A (Aᵀ X) with one reading of A, times a power of two near 1/||A||: in how many slices, 0 where it cannot be done; and
+// partial as of `multiply`.
 int64_t iteration_slices(const Matrices& a, int L, int64_t batch);
 cudaError_t iterate_once(const Matrices& a, int64_t first, int64_t batch, int L, int64_t slices, const void* operand,
-                         float* partial, cudaStream_t stream);
+                         const double* squares, float* partial, cudaStream_t stream);
 // panel [batch, L, stride] = scale * the sum of its slices; grams [batch, blocks, L, L]: partial sums of its Gram matrix.
 cudaError_t gather(const float* partial, int64_t slices, float scale, float* panel, int64_t batch, int L,
                    const Panel& shape, int64_t blocks, double* grams, cudaStream_t stream);
 // lower [batch, width, width] with lower lowerᵀ = the sum of the Gram matrices, and its inverse.
 cudaError_t factor(const double* grams, int64_t blocks, int64_t batch, int L, int width, double* lower,
                    double* inverse, cudaStream_t stream);
-// The panel with orthonormal columns, in place, and its parts (unless null). salt: another one for every call.
+// The panel with orthonormal columns, in place, and its parts (unless null).
 cudaError_t apply(float* panel, int64_t batch, int L, int width, const Panel& shape, const double* inverse, Type type,
-                  void* operand, uint64_t seed, int salt, cudaStream_t stream);
+                  void* operand, uint64_t seed, cudaStream_t stream);
 // The SVD of C = first second [width, width], both lower triangular: s [batch, k], left and right [batch, k, width] in
-// double, rows; squares [batch] from their partial sums (null for none).
+// double, rows.
 cudaError_t jacobi(const double* first, const double* second, int64_t batch, int width, int k, float* s, double* left,
-                   double* right, const double* partial_squares, int64_t parts, double* squares, cudaStream_t stream);
+                   double* right, cudaStream_t stream);
 // out = the panel times turn [batch, k, width]: as columns, [batch, length, k], or as rows, [batch, k, length].
 cudaError_t turn(const float* panel, int64_t batch, int L, int width, int k, const Panel& shape, const double* turn,
                  bool as_rows, float* out, cudaStream_t stream);

@@ -1,5 +1,5 @@
-// out = multiple Z + U diag(weights) Vh: the gradient of singular values, and of their ratio to the norm, written in
-// the one pass over Z that it takes.
+// out = multiple Z + U diag(weights) Vh: the gradient of a ratio of singular values to the norm, written in the one pass
+// over Z that it takes.
 #include <type_traits>
 
 #include "kernels.cuh"
@@ -32,11 +32,8 @@ __global__ void __launch_bounds__(THREADS) update(Matrices z, int k, const float
   out += (matrix * z.m + row0) * z.n + column;
   const float times = multiple[matrix];
 #pragma unroll
-  for (int i = 0; i < ROWS; ++i) {
-    // A multiple of 0 leaves Z out, as infinite as it may be.
-    if (row0 + i < z.m)
-      out[i * z.n] = rounded<T>(times == 0 ? sums[i] : times * to_float(from[i * z.row_stride]) + sums[i]);
-  }
+  for (int i = 0; i < ROWS; ++i)
+    if (row0 + i < z.m) out[i * z.n] = rounded<T>(times * to_float(from[i * z.row_stride]) + sums[i]);
 }
 
 }  // namespace

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(WIDE, 2) factor_kernel(const double* grams, in
 // panel = inverse panel, and its parts.
 template <class T>
 __global__ void __launch_bounds__(THREADS) apply_kernel(float* panel, int L, int width, Panel shape,
-                                                        const double* inverse, T* operand, uint64_t seed, int salt) {
+                                                        const double* inverse, T* operand, uint64_t seed) {
   double* factor = reinterpret_cast<double*>(shared_memory());          // [width, width]
   float* tile = reinterpret_cast<float*>(factor + width * width);      // [width, THREADS]
   const int64_t tiles = (shape.stride + THREADS - 1) / THREADS, matrix = blockIdx.x / tiles;
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(THREADS) apply_kernel(float* panel, int L, int
     float y = 0;
     if (i < width && inside) {
       if (factor[i * width + i] == 0) {
-        y = noise(position, i, salt, seed) * rsqrtf(float(shape.length));
+        y = noise(position, i, seed) * rsqrtf(float(shape.length));
       } else {
         double sum = 0;
         for (int j = 0; j <= i; ++j) sum += factor[i * width + j] * tile[j * THREADS + threadIdx.x];
@@ -188,12 +188,12 @@ cudaError_t factor(const double* grams, int64_t blocks, int64_t batch, int L, in
 }
 
 cudaError_t apply(float* panel, int64_t batch, int L, int width, const Panel& shape, const double* inverse, Type type,
-                  void* operand, uint64_t seed, int salt, cudaStream_t stream) {
+                  void* operand, uint64_t seed, cudaStream_t stream) {
   const size_t shared = width * width * sizeof(double) + width * THREADS * sizeof(float);
   return with_type(type, [&](auto kind) {
     using T = decltype(kind);
     return launch(apply_kernel<T>, batch * divide_up(shape.stride, THREADS), THREADS, shared, stream, panel, L, width,
-                  shape, inverse, static_cast<T*>(operand), seed, salt);
+                  shape, inverse, static_cast<T*>(operand), seed);
   });
 }
 

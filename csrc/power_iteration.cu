@@ -3,7 +3,7 @@
 //
 // A block takes tiles of 64 columns of A, all rows: P = tileᵀ Q, and Y += tile P, both from shared memory, while the
 // next tile is on its way. P is not made orthonormal in between; its columns keep their precision one by one, which is
-// all that the factorization of Y asks for.
+// all that the factorization of Y asks for. A power of two near 1/||A|| keeps Y in the range that A has.
 #include <type_traits>
 
 #include "kernels.cuh"
@@ -39,7 +39,7 @@ __device__ inline void fetch(Shared<L>& shared, int buffer, const Matrices& a, c
 
 template <int L>
 __global__ void __launch_bounds__(BLOCK, 1) iterate(Matrices a, int64_t first, int64_t slices, const T* operand,
-                                                    float* partial) {
+                                                    const double* squares, float* partial) {
   Shared<L>& shared = *reinterpret_cast<Shared<L>*>(shared_memory());
   const int64_t matrix = blockIdx.x / slices, slice = blockIdx.x % slices;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -48,6 +48,9 @@ __global__ void __launch_bounds__(BLOCK, 1) iterate(Matrices a, int64_t first, i
   operand += matrix * 2 * L * stride;
   const int row0 = warp * 64;
   const bool works = row0 < stride;  // a warp whose rows are beyond A has no operand
+
+  const double square = squares[matrix];
+  const float scale = square > 0 ? exp2f(-rintf(float(log2(square)) / 2)) : 1.0f;  // NaN stays in the sums
 
   float y[L / 16][8][4] = {};
   fetch(shared, 0, a, entries, slice * COLUMNS);
@@ -101,6 +104,7 @@ __global__ void __launch_bounds__(BLOCK, 1) iterate(Matrices a, int64_t first, i
       float sum = 0;
 #pragma unroll
       for (int w = 0; w < BLOCK / 32; ++w) sum += shared.sums[w][l][column];
+      sum *= scale;
       const T high = rounded<T>(sum);
       shared.parts[0][l][column] = high;
       shared.parts[1][l][column] = rounded<T>(sum - to_float(high));
@@ -166,11 +170,11 @@ int64_t iteration_slices(const Matrices& a, int L, int64_t batch) {
 }
 
 cudaError_t iterate_once(const Matrices& a, int64_t first, int64_t batch, int L, int64_t slices, const void* operand,
-                         float* partial, cudaStream_t stream) {
+                         const double* squares, float* partial, cudaStream_t stream) {
   const T* x = static_cast<const T*>(operand);
   if (L == 16)
-    return launch(iterate<16>, batch * slices, BLOCK, sizeof(Shared<16>), stream, a, first, slices, x, partial);
-  return launch(iterate<32>, batch * slices, BLOCK, sizeof(Shared<32>), stream, a, first, slices, x, partial);
+    return launch(iterate<16>, batch * slices, BLOCK, sizeof(Shared<16>), stream, a, first, slices, x, squares, partial);
+  return launch(iterate<32>, batch * slices, BLOCK, sizeof(Shared<32>), stream, a, first, slices, x, squares, partial);
 }
 
 }  // namespace balora

@@ -16,11 +16,11 @@ constexpr int ROWS = 32;           // of A that a warp multiplies by X
 constexpr int64_t BLOCKS = 1056;   // 8 for each of an H100's multiprocessors: enough to even out, few partial sums
 // Blocks that a multiprocessor holds, and the steps of the sum that a warp reads at once: as the registers allow.
 template <int L>
-constexpr int RESIDENT = L <= 32 ? 3 : 2;
+constexpr int RESIDENT = L <= 16 ? 3 : 2;
 template <int L>
 constexpr int AHEAD = L <= 16 ? 2 : 1;
 constexpr int64_t SHORTEST = 256;  // entries of a sum: below, its partial results weigh more than A
-constexpr int64_t LONGEST = 1024;  // above, the truncation in the tensor cores' accumulators adds up
+constexpr int64_t LONGEST = 2048;  // above, what tensor cores cut off may show
 
 template <class T>
 constexpr int VECTOR = 16 / sizeof(T);
@@ -68,22 +68,35 @@ __device__ inline void split(uint32_t word, uint32_t& high, uint32_t& low) {
   low = to_tf32(bits_to_float(word) - bits_to_float(high));
 }
 
-// d += X A for one step of the sum and `TILES` tiles of 8 columns; smaller terms first.
-template <class T, bool EXACT, int TILES>
+// d += X A for one step of the sum and `TILES` tiles of 8 columns. Tensor cores cut their sums off where others round;
+// over many steps that adds up. So they begin each step at zero, the small terms first, and d is added to outside of
+// them (Ootomo and Yokota, 2022); not where registers are short, with 64 columns of half precision.
+template <class T, int L>
+constexpr bool INSIDE = L == 64 && sizeof(T) == 2;
+
+template <class T, int L, bool EXACT, int TILES>
 __device__ inline void accumulate(float (&d)[TILES][4], const Fragment& x, const uint32_t (&b)[TILES][2]) {
 #pragma unroll
   for (int i = 0; i < TILES; ++i) {
+    if constexpr (INSIDE<T, L>) {
+      if constexpr (!EXACT) mma(T(), d[i], x.low, b[i]);
+      mma(T(), d[i], x.high, b[i]);
+      continue;
+    }
+    float step[4] = {};
     if constexpr (sizeof(T) == 4) {
       uint32_t high[2], low[2];
       split(b[i][0], high[0], low[0]);
       split(b[i][1], high[1], low[1]);
-      mma(T(), d[i], x.high, low);
-      if constexpr (!EXACT) mma(T(), d[i], x.low, high);
-      mma(T(), d[i], x.high, high);
+      mma(T(), step, x.high, low);
+      if constexpr (!EXACT) mma(T(), step, x.low, high);
+      mma(T(), step, x.high, high);
     } else {
-      if constexpr (!EXACT) mma(T(), d[i], x.low, b[i]);
-      mma(T(), d[i], x.high, b[i]);
+      if constexpr (!EXACT) mma(T(), step, x.low, b[i]);
+      mma(T(), step, x.high, b[i]);
     }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) d[i][j] += step[j];
   }
 }
 
@@ -148,7 +161,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<L>) times(Matrices a, int64_
           uint32_t now[TILES][2];
 #pragma unroll
           for (int i = 0; i < TILES; ++i) now[i][0] = b[u][i][2 * s], now[i][1] = b[u][i][2 * s + 1];
-          accumulate<T, SKETCH>(d[block], fragment, now);
+          accumulate<T, L, SKETCH>(d[block], fragment, now);
         }
       }
     }
@@ -176,6 +189,16 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<L>) times(Matrices a, int64_
       squares[blockIdx.x] = sum;
     }
   }
+}
+
+// squares [batch] from the sums of the sketch's blocks.
+__global__ void __launch_bounds__(THREADS) add_squares(const double* sums, int64_t parts, int64_t batch,
+                                                       double* squares) {
+  const int64_t matrix = int64_t(blockIdx.x) * THREADS + threadIdx.x;
+  if (matrix >= batch) return;
+  double sum = 0;
+  for (int64_t i = 0; i < parts; ++i) sum += sums[matrix * parts + i];
+  squares[matrix] = sum - sum == 0 ? sum : NAN;
 }
 
 // P = Aᵀ X as rows, [L, n]. A warp has 128 bytes of a row of A, a block 512; the sum runs over rows.
@@ -230,7 +253,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<L>) transposed_times(Matrice
 #pragma unroll
         for (int i = 0; i < 4; ++i) split(fragment.high[i], fragment.high[i], fragment.low[i]);
       }
-      accumulate<T, false>(d[block], fragment, b);
+      accumulate<T, L, false>(d[block], fragment, b);
     }
   }
 
@@ -267,15 +290,17 @@ Cut cut(const Matrices& a, bool transposed, int64_t batch) {
 }
 
 cudaError_t sketch(const Matrices& a, int64_t first, int64_t batch, int L, const Cut& cut, uint64_t seed,
-                   float* partial, double* squares, cudaStream_t stream) {
-  return with_type(a.type, [&](auto type) {
+                   float* partial, double* sums, double* squares, cudaStream_t stream) {
+  const int64_t parts = cut.tiles * cut.slices;
+  const cudaError_t error = with_type(a.type, [&](auto type) {
     using T = decltype(type);
     return with_rows(L, [&](auto rows) {
-      return launch(times<T, decltype(rows)::value, true>, batch * cut.tiles * cut.slices, THREADS,
-                    THREADS * sizeof(double), stream, a, first, cut, static_cast<const T*>(nullptr), seed, partial,
-                    squares, is_aligned(a));
+      return launch(times<T, decltype(rows)::value, true>, batch * parts, THREADS, THREADS * sizeof(double), stream, a,
+                    first, cut, static_cast<const T*>(nullptr), seed, partial, sums, is_aligned(a));
     });
   });
+  if (error != cudaSuccess) return error;
+  return launch(add_squares, divide_up(batch, THREADS), THREADS, 0, stream, sums, parts, batch, squares);
 }
 
 cudaError_t multiply(const Matrices& a, int64_t first, int64_t batch, bool transposed, int L, const Cut& cut,

@@ -55,8 +55,8 @@ __device__ inline void omega_row(uint32_t (&words)[4], const Words& random, int 
 }
 
 // For directions that a matrix does not have: uniform in (-1, 1).
-__device__ inline float noise(int64_t position, int row, int stream, uint64_t seed) {
-  return int32_t(philox(uint64_t(position), uint32_t(row), uint32_t(stream), seed).word[0]) * 0x1p-31f;
+__device__ inline float noise(int64_t position, int row, uint64_t seed) {
+  return int32_t(philox(uint64_t(position), uint32_t(row), 1, seed).word[0]) * 0x1p-31f;
 }
 
 }  // namespace balora

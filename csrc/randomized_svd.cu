@@ -37,7 +37,7 @@ struct Buffers {
   int64_t row_grams, column_grams, once, used;  // once: the slices of A (Aᵀ Q) in one reading
   float *q, *p, *partial;  // Q [batch, L, m], P [batch, L, n]; the slices of a product
   char* operand;
-  double *grams, *squares, *lower, *polish, *inverse, *left, *right;
+  double *grams, *sums, *squares, *lower, *polish, *inverse, *left, *right;
 
   Buffers(const Matrices& a, int width, int64_t batch, void* memory)
       : rows(cut(a, false, batch)), columns(cut(a, true, batch)), of_rows(a.m), of_columns(a.n), L(rows_of(width)) {
@@ -54,7 +54,8 @@ struct Buffers {
     partial = free.take<float>(each * (a_x > at_x ? a_x : at_x));
     operand = a.type == Type::float32 ? nullptr : free.take<char>(4 * each * longest);
     grams = free.take<double>(each * L * (row_grams > column_grams ? row_grams : column_grams));
-    squares = free.take<double>(batch * rows.tiles * rows.slices);
+    sums = free.take<double>(batch * rows.tiles * rows.slices);
+    squares = free.take<double>(batch);
     lower = free.take<double>(small);
     polish = free.take<double>(small);
     inverse = free.take<double>(small);
@@ -64,17 +65,13 @@ struct Buffers {
   }
 };
 
-// The largest number of matrices whose buffers fit.
+// How many matrices at a time: the batch in as few even parts as fit; 0 where not even one does.
 int64_t at_once(const Matrices& a, int width, int64_t bytes) {
-  int64_t low = 0, high = a.batch;
-  while (low < high) {
-    const int64_t middle = high - (high - low) / 2;
-    if (Buffers(a, width, middle, nullptr).used <= bytes)
-      low = middle;
-    else
-      high = middle - 1;
+  for (int64_t parts = 1; parts <= a.batch; ++parts) {
+    const int64_t each = divide_up(a.batch, parts);
+    if (Buffers(a, width, each, nullptr).used <= bytes) return each;
   }
-  return low;
+  return 0;
 }
 
 struct Run {
@@ -82,7 +79,6 @@ struct Run {
   int width, n_iter, k;
   uint64_t seed;
   cudaStream_t stream;
-  int salt = 0;  // counts the orthonormalizations
   cudaError_t error = cudaSuccess;
 
   bool good(cudaError_t found) {
@@ -98,7 +94,7 @@ struct Run {
     const int64_t blocks = panel == b.q ? b.row_grams : b.column_grams;
     good(gather(slices, count, scale, panel, batch, b.L, shape, blocks, b.grams, stream)) &&
         good(factor(b.grams, blocks, batch, b.L, width, lower, b.inverse, stream)) &&
-        good(apply(panel, batch, b.L, width, shape, b.inverse, a.type, b.operand, seed, ++salt, stream));
+        good(apply(panel, batch, b.L, width, shape, b.inverse, a.type, b.operand, seed, stream));
   }
 
   // A X or Aᵀ X for the panel X of which the operand is.
@@ -108,11 +104,12 @@ struct Run {
   }
 
   void matrices(Buffers& b, int64_t first, int64_t batch, float* u, float* s, float* vh, double* squares) {
-    good(sketch(a, first, batch, b.L, b.rows, seed, b.partial, b.squares, stream));
+    if (squares == nullptr) squares = b.squares;
+    good(sketch(a, first, batch, b.L, b.rows, seed, b.partial, b.sums, squares, stream));
     orthonormalize(b, b.q, b.of_rows, batch, b.partial, b.rows.slices, 1.0f, b.lower);
     for (int i = 0; i < n_iter; ++i) {
       if (b.once) {
-        good(iterate_once(a, first, batch, b.L, b.once, b.operand, b.partial, stream));
+        good(iterate_once(a, first, batch, b.L, b.once, b.operand, squares, b.partial, stream));
         orthonormalize(b, b.q, b.of_rows, batch, b.partial, b.once, 1.0f, b.lower);
         continue;
       }
@@ -126,8 +123,7 @@ struct Run {
     product(b, first, batch, true);
     orthonormalize(b, b.p, b.of_columns, batch, b.partial, b.columns.slices, scale(), b.lower);
     orthonormalize(b, b.p, b.of_columns, batch, b.p, 1, 1.0f, b.polish);
-    const int64_t parts = b.rows.tiles * b.rows.slices;
-    good(jacobi(b.lower, b.polish, batch, width, k, s, b.left, b.right, b.squares, parts, squares, stream)) &&
+    good(jacobi(b.lower, b.polish, batch, width, k, s, b.left, b.right, stream)) &&
         good(turn(b.q, batch, b.L, width, k, b.of_rows, b.left, false, u, stream)) &&
         good(turn(b.p, batch, b.L, width, k, b.of_columns, b.right, true, vh, stream));
   }
@@ -138,9 +134,8 @@ struct Run {
 int64_t least_workspace_bytes(const Matrices& a, int width) { return Buffers(a, width, 1, nullptr).used; }
 
 int64_t workspace_bytes(const Matrices& a, int width) {
-  const int64_t least = least_workspace_bytes(a, width);
-  const int64_t batch = at_once(a, width, least > PREFERRED ? least : PREFERRED);
-  return batch == 0 ? least : Buffers(a, width, batch, nullptr).used;
+  const int64_t batch = at_once(a, width, PREFERRED);
+  return batch == 0 ? least_workspace_bytes(a, width) : Buffers(a, width, batch, nullptr).used;
 }
 
 cudaError_t randomized_svd(const Matrices& a, int k, int width, int n_iter, uint64_t seed, float* u, float* s,
@@ -154,7 +149,6 @@ cudaError_t randomized_svd(const Matrices& a, int k, int width, int n_iter, uint
   Run run{a, width, n_iter, k, seed, stream};
   for (int64_t first = 0; first < a.batch && run.error == cudaSuccess; first += step) {
     const int64_t batch = first + step < a.batch ? step : a.batch - first;
-    run.salt = 0;
     run.matrices(buffers, first, batch, u + first * a.m * k, s + first * k, vh + first * k * a.n,
                  squares == nullptr ? nullptr : squares + first);
   }

@@ -15,7 +15,8 @@ from balora import functional as F
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Beside other workers one thread: two would wait for each other in turns.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 SHARED = Path(os.environ.get("BALORA_SHARED", Path(__file__).parents[2] / "shared"))
 

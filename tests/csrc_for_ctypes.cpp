@@ -32,11 +32,12 @@ int balora_low_rank_update(const void* data, int type, int64_t batch, int64_t m,
 
 // slices [batch, slices of the cut, L, stride]; how many slices there are is the result, or minus the error.
 int64_t balora_sketch(const void* data, int type, int64_t batch, int64_t m, int64_t n, int64_t batch_stride,
-                      int64_t row_stride, int rows, uint64_t seed, float* slices, double* squares) {
+                      int64_t row_stride, int rows, uint64_t seed, float* slices, double* sums,
+                      double* squares) {
   const Matrices a = matrices(data, type, batch, m, n, batch_stride, row_stride);
   const Cut cut = balora::cut(a, false, batch);
   if (slices == nullptr) return cut.tiles << 32 | cut.slices;
-  return sketch(a, 0, batch, rows, cut, seed, slices, squares, nullptr);
+  return sketch(a, 0, batch, rows, cut, seed, slices, sums, squares, nullptr);
 }
 
 int64_t balora_multiply(const void* data, int type, int64_t batch, int64_t m, int64_t n, int64_t batch_stride,
@@ -48,25 +49,25 @@ int64_t balora_multiply(const void* data, int type, int64_t batch, int64_t m, in
 }
 
 int64_t balora_iterate(const void* data, int type, int64_t batch, int64_t m, int64_t n, int64_t batch_stride,
-                       int64_t row_stride, int rows, const void* operand, float* slices) {
+                       int64_t row_stride, int rows, const void* operand, const double* squares, float* slices) {
   const Matrices a = matrices(data, type, batch, m, n, batch_stride, row_stride);
   const int64_t count = iteration_slices(a, rows, batch);
   if (slices == nullptr) return count;
-  return iterate_once(a, 0, batch, rows, count, operand, slices, nullptr);
+  return iterate_once(a, 0, batch, rows, count, operand, squares, slices, nullptr);
 }
 
 // The panel [batch, L, stride] made orthonormal, in place; lower [batch, width, width].
 int balora_orthonormalize(float* panel, int64_t batch, int rows, int width, int64_t length, int64_t blocks,
-                          double* grams, double* lower, double* inverse, int type, void* operand, int salt) {
+                          double* grams, double* lower, double* inverse, int type, void* operand) {
   const Panel shape(length);
   int error = gather(panel, 1, 1.0f, panel, batch, rows, shape, blocks, grams, nullptr);
   error |= factor(grams, blocks, batch, rows, width, lower, inverse, nullptr);
-  return error | apply(panel, batch, rows, width, shape, inverse, Type(type), operand, 0, salt, nullptr);
+  return error | apply(panel, batch, rows, width, shape, inverse, Type(type), operand, 0, nullptr);
 }
 
 int balora_jacobi(const double* first, const double* second, int64_t batch, int width, int k, float* s, double* left,
                   double* right) {
-  return jacobi(first, second, batch, width, k, s, left, right, nullptr, 0, nullptr, nullptr);
+  return jacobi(first, second, batch, width, k, s, left, right, nullptr);
 }
 
 int balora_small_svd(const double* c, int64_t batch, int width, double* s, double* left, double* right, void* memory) {

@@ -28,8 +28,9 @@ static void iterate() {
   std::vector<uint16_t> a(m * n + 8, 0x3f80), operand(2 * 16 * stride, 0x3f80);
   const uint16_t* start = a.data() + (16 - reinterpret_cast<uintptr_t>(a.data()) % 16) % 16 / 2;
   std::vector<float> out(16 * stride);
+  const double squares = double(m * n);
   const Matrices matrices{start, Type::bfloat16, 1, m, n, m * n, n};
-  const int error = iterate_once(matrices, 0, 1, 16, 1, operand.data(), out.data(), {});
+  const int error = iterate_once(matrices, 0, 1, 16, 1, operand.data(), &squares, out.data(), {});
   std::printf("%d %g\n", error, out[0]);
 }
 

@@ -273,11 +273,20 @@ inline void mma(T kind, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
   cpu::warp_barrier();
   for (int i = 0; i < 4; ++i) {
     const unsigned column = 2 * t + i % 2;
-    double sum = d[i];
+    double terms[17] = {d[i]}, most = d[i] < 0 ? -d[i] : d[i], sum = 0;
     for (unsigned k = 0; k < 8 * E; ++k) {
       const unsigned half = k / (4 * E), owner = k % (4 * E) / E, place = k % E;
-      const float left = cpu::entry(kind, warp.a[4 * g + owner][2 * half + i / 2], place);
-      sum += double(left) * cpu::entry(kind, warp.b[4 * column + owner][half], place);
+      const double left = cpu::entry(kind, warp.a[4 * g + owner][2 * half + i / 2], place);
+      terms[k + 1] = left * cpu::entry(kind, warp.b[4 * column + owner][half], place);
+      most = std::fmax(most, std::fabs(terms[k + 1]));
+    }
+    // As measured of the devices (Fasi, Higham, Mikaitis and Pranesh, 2021): the terms are aligned to the largest, cut off
+    // at 24 bits and one more, and so is their sum.
+    const double bit = most > 0 && most < INFINITY ? std::exp2(std::floor(std::log2(most)) - 24) : 0;
+    for (double term : terms) sum += bit > 0 ? std::trunc(term / bit) * bit : term;
+    if (bit > 0 && sum != 0) {
+      const double last = std::exp2(std::floor(std::log2(std::fabs(sum))) - 23);
+      sum = std::trunc(sum / last) * last;
     }
     d[i] = float(sum);
   }

@@ -59,7 +59,7 @@ def test_a_name_never_falls_back_and_gives_every_reason(monkeypatch):
 
 def test_an_unknown_name_lists_the_known_ones(monkeypatch):
     with pytest.raises(
-        ValueError, match="^impl: expected 'auto' or 'cuda' or 'streaming' or 'reference' for svd_loss, found 'triton'"
+        ValueError, match="^impl: expected 'auto' or 'streaming' or 'cuda' or 'reference' for svd_loss, found 'triton'"
     ):
         dispatch.choose("svd_loss", "triton")
     monkeypatch.setenv("BALORA_IMPL", "nonsense")

@@ -133,6 +133,13 @@ def test_nan_stays_in_its_matrix():
         assert t[1].isfinite().all()
 
 
+def test_a_product_that_overflows_is_nan():
+    a = torch.stack([torch.full((3, 3), 3e38), matrix(3, 3, decay(3, 1.0), torch.float32)])
+    for t in F.randomized_svd(a, 2):
+        assert t[0].isnan().all()
+        assert t[1].isfinite().all()
+
+
 def test_the_gradient_of_the_singular_values():
     a = matrix(9, 7, torch.tensor([5.0, 3.0, 2.0, 1.0, 0.5]).double()).requires_grad_()
     weights = torch.tensor([1.0, -2.0, 0.5]).double()
@@ -183,7 +190,9 @@ BAD = {
     "empty": (dict(a=torch.ones(3, 0)), ValueError, r"a: expected the shape \[..., m, n\]"),
     "rank": (dict(rank=0), ValueError, "rank: expected at least 1, found 0"),
     "rank type": (dict(rank=0.5), TypeError, "rank: expected a whole number, found 0.5"),
-    "oversample": (dict(oversample=-1), ValueError, "oversample: expected 0 or more, found -1"),
+    "oversample": (dict(oversample=-1), ValueError, "oversample: expected 0 or more, below 2\\*\\*63, found -1"),
+    "seed size": (dict(seed=2**63), ValueError, r"seed: expected 0 or more, below 2\*\*63"),
+    "8 bits": (dict(a=torch.ones(3, 3).to(torch.float8_e5m2)), TypeError, "a: expected a floating-point tensor"),
     "n_iter": (dict(n_iter=1.0), TypeError, "n_iter: expected a whole number, found 1.0"),
     "seed": (dict(seed=None), TypeError, "seed: expected a whole number"),
     "impl": (dict(impl="streaming"), ValueError, "impl: expected 'auto' or 'cuda' or 'torch' or 'reference' for rand"),
