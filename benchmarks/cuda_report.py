@@ -1,4 +1,4 @@
-"""Compiles every kernel of csrc/ without a GPU: registers, spills, blocks that a multiprocessor holds.
+"""Compiles every kernel of csrc/ without a GPU: registers a thread, stack, spills.
 
     python benchmarks/cuda_report.py                     # sm_80, sm_90 and sm_100
     python benchmarks/cuda_report.py --archs 90 --out benchmarks/results/cuda-report
@@ -22,7 +22,6 @@ import harness
 
 CSRC = Path(__file__).parents[1] / "csrc"
 ARCHS = (80, 90, 100)
-THREADS = 128  # of every block
 COLUMNS = {
     "file": "file",
     "kernel": "kernel",
@@ -30,7 +29,6 @@ COLUMNS = {
     "registers": "registers",
     "stack": "stack bytes",
     "spilled": "spilled bytes",
-    "blocks": "blocks by registers",
 }
 
 
@@ -44,8 +42,7 @@ def resources(source: Path, arch: int) -> list[dict]:
     pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill.*?Used (\d+) registers"
     rows = []
     for name, stack, spilled, registers in re.findall(pattern, found.stderr, re.DOTALL):
-        each = THREADS * -(-int(registers) // 8) * 8
-        numbers = dict(registers=int(registers), stack=int(stack), spilled=int(spilled), blocks=65536 // each)
+        numbers = dict(registers=int(registers), stack=int(stack), spilled=int(spilled))
         rows.append({"file": source.name, "kernel": readable(name), "arch": f"sm_{arch}", **numbers})
     return rows
 

@@ -335,7 +335,7 @@ def test_autocast_does_not_round(name):
     assert torch.equal(grad_inside, grad)
 
 
-def sketched(z, valid=None, rank=3, **_):
+def sketched(z, valid=None, rank=3):
     """The SVD loss as impl="cuda" computes it, by the operators' implementation for the CPU."""
     kept = None if valid is None else valid.nonzero().squeeze(1)
     return losses._SketchedSVD.apply(z, kept, min(rank, len(z) if kept is None else len(kept), z.shape[1]))
@@ -347,8 +347,9 @@ def sketched(z, valid=None, rank=3, **_):
 def test_the_svd_loss_of_a_sketch(shape, dtype):
     z, _ = logits(*shape)
     z = (z * torch.arange(1, shape[1] + 1) ** -0.5).to(dtype)
-    whole = lambda z, _, **k: F.svd_loss(z, 3, impl="reference", valid=k.get("valid"))  # noqa: E731
-    sketch = lambda z, _, **k: sketched(z, k.get("valid"))  # noqa: E731
+    # Times 3: the gradient that comes from above counts.
+    whole = lambda z, _, **k: 3 * F.svd_loss(z, 3, impl="reference", valid=k.get("valid"))  # noqa: E731
+    sketch = lambda z, _, **k: 3 * sketched(z, k.get("valid"))  # noqa: E731
     for chosen in (None, torch.arange(shape[0]) % 3 > 0):
         found, grad = evaluate(sketch, z, z, valid=chosen)
         plain, plain_grad = evaluate(whole, z, z, valid=chosen)
@@ -370,6 +371,12 @@ def test_awkward_logits_of_a_sketch():
         exact = F.svd_loss(z.double(), rank, impl="reference")
         assert found.item() == pytest.approx(exact.item(), abs=1e-6)
         assert grad.abs().max() < 1e-6  # of rank 1, or 0: the ratio is constant
+    for size in (1e18, 1e-17):  # the sum of squares leaves float32, or its square does
+        z, _ = logits(20, 30, torch.float32)
+        found, grad = evaluate(lambda z, _: sketched(z), size * z, z, valid=None)
+        same, expected = evaluate(lambda z, _: sketched(z), z, z, valid=None)
+        torch.testing.assert_close(found, same)
+        torch.testing.assert_close(size * grad, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
     none, grad = evaluate(lambda z, _, **k: sketched(z, k["valid"]), Z, Z, valid=torch.zeros(4, dtype=torch.bool))
     assert none == 0
     assert not grad.any()
