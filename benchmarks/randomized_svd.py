@@ -4,9 +4,9 @@
     python benchmarks/randomized_svd.py --shapes 64,256,128,16 --dtypes float32 --only "balora torch"
 
 Every implementation has rank + 10 columns and 2 power iterations, so it reads A six times: the floor is the time of six
-readings at the bandwidth of a copy (of bfloat16 matrices of 129 to 512 rows the kernels read four times). Singular values
-are held against those of a full decomposition in float64. On a CUDA device the kernels of one call are listed with
-their times.
+readings at the bandwidth of a copy (of bfloat16 matrices of 129 to 512 rows the kernels read four times). Singular
+values are held against those of a full decomposition in float64. On a CUDA device the kernels of one call are listed
+with their times.
 """
 
 from __future__ import annotations
