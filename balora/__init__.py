@@ -7,7 +7,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import functional
+from . import dispatch, functional
 from .config import BALoraConfig
 from .dispatch import info
 from .functional import BALoraOutput, LinearHead
@@ -31,6 +31,8 @@ __all__ = [
     "set_progress",
     "teacher",
 ]
+
+dispatch.extension()  # where it is built, torch.ops.balora.randomized_svd and low_rank_update are there from here on
 
 _LAZY = {
     "attach": "modeling",

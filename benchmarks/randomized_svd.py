@@ -74,7 +74,8 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, names: list[str], rounds
     checked = a[: max(1, min(batch, 4))]
     exact = exact_values(checked, rank)
     torch.manual_seed(0)
-    allowed = 2 * harness.error(lowrank(checked, rank), exact) + 1e-6
+    # Two sketches of equal quality differ by chance: one seed may be twice as good as the other.
+    allowed = 4 * harness.error(lowrank(checked, rank), exact) + 1e-6
     common = {"operation": "randomized_svd", "batch": batch, "m": m, "n": n, "rank": rank, "dtype": str(dtype)[6:]}
     floor = 1e3 * PASSES * a.numel() * a.element_size() / bandwidth
     rows, runs = [{**common, "implementation": f"floor: {PASSES} readings of A", "ms": f"{floor:.3g}"}], {}
