@@ -49,22 +49,23 @@ def why_not(impl: str, device: torch.device | None = None) -> list[str]:
         if isinstance(built, str):
             reasons.append(built)
         elif not built["cuda"]:
-            reasons.append(f"balora._C is built without CUDA: {built['without_cuda']}")
+            why = built["without_cuda"]
+            reasons.append("balora._C is built without CUDA" + (f": {why}" if why != _torch_without_cuda() else ""))
     if impl in ("triton", "cuda"):
         if torch.version.hip:
             reasons.append("torch is built for ROCm, the kernels for CUDA")
         elif not torch.cuda.is_available():
-            reasons.append(
-                "torch sees no CUDA device"
-                if torch.version.cuda
-                else f"torch {torch.__version__} is built without CUDA"
-            )
+            reasons.append("torch sees no CUDA device" if torch.version.cuda else _torch_without_cuda())
         elif device is not None and device.type != "cuda":
             reasons.append(f"the tensors are on {device}, not on a CUDA device")
         elif torch.cuda.get_device_capability(device) < _CAPABILITY:
             found = ".".join(map(str, torch.cuda.get_device_capability(device)))
             reasons.append(f"the device has compute capability {found}, 8.0 or higher is needed")
     return reasons
+
+
+def _torch_without_cuda() -> str:
+    return f"torch {torch.__version__} is built without CUDA"
 
 
 @cache
