@@ -34,8 +34,17 @@ static void iterate() {
   std::printf("%d %g\n", error, out[0]);
 }
 
+// A column that rotations cancel, and is completed.
+static void small() {
+  const std::vector<double> c = {4, 2, 4, 4, 2, 4, 2, 4, 6};
+  std::vector<double> s(3), left(9), right(9), memory(small_svd_bytes(1, 3) / sizeof(double));
+  const int error = small_svd(c.data(), 1, 3, s.data(), left.data(), right.data(), memory.data(), {});
+  std::printf("%d %g\n", error, s[0]);
+}
+
 int main() {
   iterate();
+  small();
   run<float>(Type::float32, 2, 9, 70, 2, 5);
   run<BFloat16>(Type::bfloat16, 1, 40, 9, 1, 3);
   run<float>(Type::float32, 1, 2, 4200, 1, 1);  // long enough for a block that takes several tiles of a panel
