@@ -102,8 +102,9 @@ __device__ inline void accumulate(float (&d)[TILES][4], const Fragment& x, const
 
 // Y = A X as rows, [L, m]. A warp has 32 rows of A, a block 128; the sum runs over columns.
 template <class T, int L, bool SKETCH>
-__global__ void __launch_bounds__(THREADS, RESIDENT<L>) times(Matrices a, int64_t first, Cut cut, const T* operand, uint64_t seed,
-                                                 float* partial, double* squares, bool aligned) {
+__global__ void __launch_bounds__(THREADS, RESIDENT<L>) times(Matrices a, int64_t first, Cut cut, const T* operand,
+                                                              uint64_t seed, float* partial, double* squares,
+                                                              bool aligned) {
   constexpr int CHUNK = 4 * VECTOR<T>;  // columns that the four threads of a row take at once
   constexpr int TILES = ROWS / 8;
   const int64_t slice = blockIdx.x % cut.slices, tile = blockIdx.x / cut.slices % cut.tiles;
@@ -203,8 +204,9 @@ __global__ void __launch_bounds__(THREADS) add_squares(const double* sums, int64
 
 // P = Aᵀ X as rows, [L, n]. A warp has 128 bytes of a row of A, a block 512; the sum runs over rows.
 template <class T, int L>
-__global__ void __launch_bounds__(THREADS, RESIDENT<L>) transposed_times(Matrices a, int64_t first, Cut cut, const T* operand,
-                                                            float* partial, bool aligned) {
+__global__ void __launch_bounds__(THREADS, RESIDENT<L>) transposed_times(Matrices a, int64_t first, Cut cut,
+                                                                         const T* operand, float* partial,
+                                                                         bool aligned) {
   constexpr int EACH = 4 / sizeof(T);  // entries of a word
   constexpr int TILES = VECTOR<T>;
   const int64_t slice = blockIdx.x % cut.slices, tile = blockIdx.x / cut.slices % cut.tiles;
