@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -12,6 +10,7 @@ from .checks import as_scalar, check_normalizer, check_whole, describe
 from .config import BALoraConfig, rank_of
 from .head import LinearHead
 from .losses import consistency_loss, covariance_loss, diversity_loss, svd_loss
+from .objective import IGNORE_INDEX, BALoraOutput, check_label_range, logits_objective
 
 __all__ = [
     "BALoraOutput",
@@ -20,28 +19,12 @@ __all__ = [
     "covariance_loss",
     "diversity_loss",
     "linear_objective",
+    "logits_objective",
     "randomized_svd",
     "svd_loss",
 ]
 
-IGNORE_INDEX = -100
 _SCALED_AT_A_TIME = 2**22  # elements of a gradient that are widened at a time
-
-
-class BALoraOutput(NamedTuple):
-    """The objective and its parts.
-
-    ``loss`` carries the gradient. The terms are unweighted and detached, each a sum over the valid tokens divided by
-    the normalizer (those of the whole batch, as SVD and covariance, times n_valid / normalizer), so that
-    loss = ce + λ₁·consistency + λ₂·diversity + λ₃·svd. A term whose λ is 0 is not computed and is None.
-    """
-
-    loss: Tensor  # []
-    ce: Tensor  # []
-    consistency: Tensor | None  # []
-    diversity: Tensor | None  # []
-    svd: Tensor | None  # []
-    n_valid: Tensor  # [], int64
 
 
 def linear_objective(
@@ -125,7 +108,7 @@ def linear_objective(
     if masked or compiled:
         n = (label_rows != IGNORE_INDEX).sum()
     if kept is not None:
-        _check_label_range(label_rows if n == len(label_rows) else label_rows[kept], head.weight.shape[0])
+        check_label_range(label_rows if n == len(label_rows) else label_rows[kept], head.weight.shape[0])
         if n == len(label_rows):
             kept = None
     if normalizer is None:
@@ -408,12 +391,3 @@ def _check(hidden, teacher_hidden, head, labels, config, teacher_head, normalize
     elif teacher_hidden.device != hidden.device:
         raise ValueError(f"teacher_hidden: expected hidden's device {hidden.device}, found {teacher_hidden.device}")
     check_normalizer(normalizer)
-
-
-def _check_label_range(labels: Tensor, vocab: int) -> None:
-    if labels.numel() == 0:
-        return
-    low, high = torch.stack(labels.aminmax()).tolist()  # at once: on a device it waits
-    if low < 0 or high >= vocab:
-        worst = low if low < 0 else high
-        raise ValueError(f"labels: expected {IGNORE_INDEX} or 0 to {vocab - 1} (the vocabulary), found {worst}")

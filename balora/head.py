@@ -106,6 +106,17 @@ class LinearHead:
         lora = None if a is None or b is None or head.lora is None else (a, b, head.lora[2])
         return cls(weight, bias, head.softcap, head.scale, lora)
 
+    def replaced(
+        self, weight: Tensor, bias: Tensor | None = None, lora: tuple[Tensor, Tensor, float] | None = None
+    ) -> LinearHead:
+        """This head where it has these tensors, else one like it; what is known of an unchanged weight stays."""
+        ours, theirs = (h and (id(h[0]), id(h[1]), h[2]) for h in (self.lora, lora))
+        if weight is self.weight and bias is self.bias and ours == theirs:
+            return self
+        other = LinearHead(weight, bias, self.softcap, self.scale, lora)
+        other._weight_gram = self._weight_gram
+        return other
+
     @property
     def gram(self) -> spectral.HeadGram:
         """[W, B, b]ᵀ[W, B, b] and a factor of it."""

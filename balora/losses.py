@@ -42,8 +42,8 @@ def consistency_loss(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
-    _check_logits("student_logits", student_logits, valid)
-    _check_same_logits("teacher_logits", teacher_logits, "student_logits", student_logits)
+    check_logits("student_logits", student_logits, valid)
+    check_same_logits("teacher_logits", teacher_logits, "student_logits", student_logits)
     check_positive("temperature", temperature)
     impl = _choose("consistency_loss", impl, student_logits)
     student, kept, norm = _rows(student_logits, valid, normalizer, impl)
@@ -98,7 +98,7 @@ def diversity_loss(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
-    _check_logits("logits", logits, valid)
+    check_logits("logits", logits, valid)
     check_whole("top_k", top_k)
     impl = _choose("diversity_loss", impl, logits, min(top_k, logits.shape[-1]))
     z, kept, norm = _rows(logits, valid, normalizer, impl)
@@ -161,7 +161,7 @@ def svd_loss(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
-    _check_logits("logits", logits, valid)
+    check_logits("logits", logits, valid)
     check_rank("rank", rank)
     if norm not in ("fro", "nuclear"):
         raise ValueError(f"norm: expected 'fro' or 'nuclear', found {norm!r}")
@@ -180,7 +180,7 @@ def svd_loss(
             return reference.svd(wide, k, norm) if n else (0.0 * wide).sum()
         if impl == "cuda":
             return _SketchedSVD.apply(z, kept, k)
-        return _Batch.apply(z, kept, {"lambda_svd": 1.0, "rank": k, "norm": norm})
+        return batch_term(z, kept, lambda_svd=1.0, rank=k, norm=norm)
 
 
 class _SketchedSVD(torch.autograd.Function):
@@ -229,45 +229,61 @@ def covariance_loss(logits: Tensor) -> Tensor:
         ValueError, TypeError: the logits do not fit.
     """
     impl = dispatch.choose("covariance_loss")
-    _check_logits("logits", logits, None)
+    check_logits("logits", logits, None)
     z, _, _ = _rows(logits, None, None, impl)
     with torch.autocast(z.device.type, enabled=False):
         if impl == "reference":
             return reference.covariance(_wide(z, None))
-        return _Batch.apply(z, None, {"lambda_covariance": 1.0})
+        return batch_term(z, None, lambda_covariance=1.0)
+
+
+def batch_term(z: Tensor, kept: Tensor | None, z_teacher: Tensor | None = None, **terms: Any) -> Tensor:
+    """The sum of the terms of the whole batch, as ``batch.Batch`` names and weights them, of the kept rows (None: all).
+
+    z, z_teacher [N, V] -> [] in float32 (float64).
+    """
+    count = len(z) if kept is None else len(kept)
+    if "rank" in terms:
+        terms["rank"] = rank_of(terms["rank"], min(count, z.shape[1]))
+    return _Batch.apply(z, kept, z_teacher, terms)
 
 
 class _Batch(torch.autograd.Function):
-    """A term of the whole batch, from logits."""
+    """Terms of the whole batch, from logits."""
 
     @staticmethod
-    def forward(ctx, z, kept, terms):
+    def forward(ctx, z, kept, z_teacher, terms):
         wide = torch.promote_types(z.dtype, torch.float32)
         n = len(z) if kept is None else len(kept)
         ctx.solver = None
+        ctx.save_for_backward(z, kept, z_teacher)
         if n == 0:
-            ctx.save_for_backward(z, kept)
             return z.new_zeros((), dtype=wide)
         solver = batch.Batch((n, z.shape[1]), z.new_empty(0, dtype=wide), **terms)
-        found = solver.solve(
-            lambda row, column: (z[row if kept is None else kept[row], column].to(wide), None), cheap=True
-        )
-        ctx.save_for_backward(z, kept)
+        found = solver.solve(lambda *at: _tile(z, kept, z_teacher, *at), cheap=True)
         ctx.solver = solver
-        return (found.svd + found.covariance).to(wide)
+        return (found.consistency + found.covariance + found.svd).to(wide)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
-        z, kept = ctx.saved_tensors
+        z, kept, z_teacher = ctx.saved_tensors
         out = torch.zeros_like(z)
         if ctx.solver is not None:
             with torch.autocast(z.device.type, enabled=False):
                 for row, column in ctx.solver.tiles():
-                    row = row if kept is None else kept[row]
-                    gradient = ctx.solver.gradient(z[row, column].to(grad_loss.dtype)) * grad_loss
-                    out[row, column] = gradient.to(out.dtype)
-        return out, None, None
+                    gradient = ctx.solver.gradient(*_tile(z, kept, z_teacher, row, column)) * grad_loss
+                    out[row if kept is None else kept[row], column] = gradient.to(out.dtype)
+        return out, None, None, None
+
+
+def _tile(
+    z: Tensor, kept: Tensor | None, z_teacher: Tensor | None, row: slice, column: slice
+) -> tuple[Tensor, Tensor | None]:
+    """A tile of the kept rows of both logits, in float32 (float64)."""
+    at = row if kept is None else kept[row]
+    wide = torch.promote_types(z.dtype, torch.float32)
+    return z[at, column].to(wide), None if z_teacher is None else z_teacher[at, column].to(wide)
 
 
 def _choose(operation: str, impl: str, logits: Tensor, top_k: int = 1) -> str:
@@ -279,7 +295,7 @@ def _choose(operation: str, impl: str, logits: Tensor, top_k: int = 1) -> str:
     return dispatch.choose(operation, impl, logits.device, {"triton": limit})
 
 
-def _check_logits(name: str, logits: Any, valid: Any) -> None:
+def check_logits(name: str, logits: Any, valid: Any) -> None:
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor [N, V], found {describe(logits)}")
     if logits.dim() < 2 or logits.shape[-1] == 0:
@@ -329,7 +345,7 @@ def _wide(z: Tensor, kept: Tensor | None) -> Tensor:
     return (z if kept is None else z[kept]).to(torch.promote_types(z.dtype, torch.float32))
 
 
-def _check_same_logits(name: str, value: Any, other: str, logits: Tensor) -> None:
+def check_same_logits(name: str, value: Any, other: str, logits: Tensor) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, found {describe(value)}")
     if value.shape != logits.shape:

@@ -1,4 +1,8 @@
-"""attach: a PEFT-wrapped causal language model whose own ``forward(labels=…)`` returns the BA-LoRA loss in training."""
+"""attach: a PEFT-wrapped causal language model whose own ``forward(labels=…)`` returns the BA-LoRA loss in training.
+
+The loss is computed from hidden states where the head is a ``LinearHead``, which is checked on a few tokens; else from
+the model's own logits.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,11 @@ import peft
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from .config import BALoraConfig
-from .functional import IGNORE_INDEX, LinearHead, linear_objective
+from .functional import IGNORE_INDEX, BALoraOutput, linear_objective, logits_objective
+from .output_layer import Heads, difference, heads_of
 from .pissa import teacher
 
 # peft initializations that write to the base weights: with the adapters off, such a model is not the pre-trained one.
@@ -31,7 +36,7 @@ class Attachment:
     """What ``attach`` keeps on the model, as ``_balora``."""
 
     config: BALoraConfig
-    head: LinearHead
+    heads: Heads | None  # None: the loss is computed from the model's logits
     previous: Callable[..., Any] | None  # the forward that was set on the instance, None where it was the class's
     progress: tuple[int, int] | None = None
     lambdas: tuple[float, float, float] = (0.0, 0.0, 0.0)  # those of the last training forward
@@ -41,15 +46,21 @@ class Attachment:
 def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
     """Make ``forward(labels=…)`` of a PEFT-wrapped causal language model return the BA-LoRA loss.
 
-    In training mode the model runs twice, first with its adapters off and without gradients (the teacher), then as it
+    In training mode the model runs twice, first as the pre-trained one and without gradients (the teacher), then as it
     is; the loss is ``functional.linear_objective`` of the two last hidden states, the output has no logits, and the
     unweighted terms of the last forward lie in ``peft_model.balora_last``, detached. λ follows the schedules of
     ``config`` once ``set_progress`` (or ``trainer.BALoraCallback``) says how far training is; until then it is
-    constant. In evaluation mode the forward is the model's own: plain cross-entropy, with logits.
+    constant. In evaluation mode the forward is the model's own: plain cross-entropy, with logits. The auxiliary loss of
+    a mixture of experts is added to the returned loss where the model's own forward adds it.
+
+    The head may have a bias, a scale, a soft-cap, a LoRA or offset adapter without dropout, or be trained itself
+    (``modules_to_save``); a trained or adapted head has the pre-trained one as its teacher. It is compared with the
+    model's own logits on a few tokens. Where it is something else, ``functional.logits_objective`` of the model's
+    logits takes its place, which a warning says: it holds [tokens, vocabulary] tensors.
 
     Args:
-        peft_model: from ``get_pissa_model``, or any peft LoRA model whose base weights are the pre-trained ones. The
-            output layer must be a plain linear map: no bias, scale, soft-cap or adapter, and not trained.
+        peft_model: from ``get_pissa_model``, or any peft LoRA, rsLoRA or DoRA model whose base weights are the
+            pre-trained ones.
         config: the objective, of language generation (``task="nlg"``).
 
     Returns:
@@ -82,10 +93,20 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
                 "frozen base weights"
             )
     base = peft_model.get_base_model()
-    head = _plain_head(base)
-    _check_head(peft_model, base, head)
-
-    base._balora = Attachment(config, head, base.__dict__.get("forward"))
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise ValueError("peft_model: encoder-decoder models are not supported so far")
+    if getattr(base, "get_output_embeddings", lambda: None)() is None:
+        raise ValueError(f"peft_model: {type(base).__name__} has no output embedding; expected a causal language model")
+    found = heads_of(base)
+    reason = found if isinstance(found, str) else difference(peft_model, found)
+    if reason is not None:
+        warnings.warn(
+            f"{type(base).__name__}: {reason}; the loss is computed from the model's logits, which takes "
+            "[tokens, vocabulary] tensors and more time",
+            stacklevel=2,
+        )
+    heads = None if reason is not None or isinstance(found, str) else found
+    base._balora = Attachment(config, heads, base.__dict__.get("forward"))
     base.balora_last = None
 
     @functools.wraps(type(base).forward)  # the Trainer drops the columns that this signature does not name
@@ -134,43 +155,6 @@ def _attached(model: nn.Module) -> Any:
     return base
 
 
-def _plain_head(base: Any) -> LinearHead:
-    config = base.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError("peft_model: encoder-decoder models are not supported so far")
-    layer = getattr(base, "get_output_embeddings", lambda: None)()
-    if layer is None:
-        raise ValueError(f"peft_model: {type(base).__name__} has no output embedding; expected a causal language model")
-    if not isinstance(layer, nn.Linear) or isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
-        raise ValueError(f"peft_model: expected a plain linear head, found {type(layer).__name__}")
-    if layer.bias is not None:
-        raise ValueError("peft_model: a head with a bias is not supported so far")
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        value = getattr(config, name, None)
-        if value is not None and value != 1:
-            raise ValueError(f"peft_model: a head with {name}={value} is not supported so far")
-    if getattr(config, "output_router_logits", False):
-        raise ValueError("peft_model: the auxiliary loss of a mixture of experts is not supported so far")
-    return LinearHead(layer.weight)
-
-
-def _check_head(peft_model: peft.PeftModel, base: Any, head: LinearHead) -> None:
-    """On a few tokens, hidden · weightᵀ must be the model's own logits: a head may do what its config does not tell."""
-    if head.weight.device.type == "meta":
-        return
-    tokens = torch.arange(min(8, head.weight.shape[0]), device=head.weight.device)[None]  # [1, S]
-    with torch.no_grad(), teacher(peft_model):
-        logits = base(input_ids=tokens, use_cache=False).logits.float()
-        hidden = base.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-    error = (logits - hidden.float() @ head.weight.float().T).abs().max().item()
-    allowed = 8 * torch.finfo(hidden.dtype).eps * logits.abs().max().item() + 1e-6
-    if not error <= allowed:
-        raise ValueError(
-            f"peft_model: the logits of {type(base).__name__} are not hidden · weightᵀ (difference {error:.3g}, "
-            f"allowed {allowed:.3g}); only plain linear heads are supported so far"
-        )
-
-
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of an attached model. ``self`` is the causal language model inside the PeftModel."""
     state: Attachment = self._balora
@@ -188,33 +172,109 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     loss_arguments = {name: arguments.pop(name, None) for name in _LOSS_ARGUMENTS}
     if loss_arguments["ignore_index"] not in (None, IGNORE_INDEX):
         raise ValueError(f"ignore_index: expected {IGNORE_INDEX}, found {loss_arguments['ignore_index']}")
-    if arguments.get("output_router_logits"):
-        raise ValueError("output_router_logits: the auxiliary loss of a mixture of experts is not supported so far")
     as_tuple = arguments.pop("return_dict", None) is False
+    routed = arguments.pop("output_router_logits", None)
+    routed = getattr(self.config.get_text_config(), "output_router_logits", False) if routed is None else routed
     # A cache would keep the keys and values of every layer alive, twice.
     arguments["use_cache"] = False
 
     config = _config_now(state)
-    decoder = self.get_decoder()
-    teacher_hidden = None
-    if config.lambda_consistency != 0:
-        with torch.no_grad(), teacher(self):
-            teacher_hidden = decoder(**arguments).last_hidden_state
-    outputs = decoder(**arguments)
-    hidden = outputs.last_hidden_state  # [B, S, d]
-
     normalizer = loss_arguments["num_items_in_batch"]
     state.summed = normalizer is not None
-    if normalizer is not None:
-        normalizer = torch.as_tensor(normalizer, device=hidden.device).clamp_min(1)
-    labels = _aligned(loss_arguments["labels"], loss_arguments["shift_labels"]).to(hidden.device)
-    result = linear_objective(hidden, teacher_hidden, state.head, labels, config, normalizer=normalizer)
+    labels = _aligned(loss_arguments["labels"], loss_arguments["shift_labels"])
+    run = _from_hidden if state.heads is not None else _from_logits
+    result, outputs = run(self, original, arguments, labels, normalizer, config, routed)
     # Detached: the loss of a kept result would keep the whole graph alive until the next step.
     self.balora_last = result._replace(loss=result.loss.detach())
-    output = CausalLMOutputWithPast(
-        loss=result.loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-    )
+    kept = dict(loss=result.loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+    if not routed:
+        output = CausalLMOutputWithPast(**kept)
+    else:
+        kept["loss"] = result.loss + _aux_weight(self) * outputs.aux_loss.to(result.loss.device)
+        output = MoeCausalLMOutputWithPast(**kept, aux_loss=outputs.aux_loss, router_logits=outputs.router_logits)
     return output.to_tuple() if as_tuple else output
+
+
+def _from_hidden(
+    self: Any,
+    original: Callable[..., Any],
+    arguments: dict[str, Any],
+    labels: Tensor,
+    normalizer: Any,
+    config: BALoraConfig,
+    routed: bool,
+) -> tuple[BALoraOutput, Any]:
+    """The objective by the head, and the outputs of the student's forward."""
+    heads = heads_of(self, self._balora.heads)  # adapters come and go
+    if isinstance(heads, str):
+        raise ValueError(f"peft_model: {heads}, which was not so when it was attached; detach and attach it again")
+    self._balora.heads = heads
+    teacher_hidden = None
+    device = heads.student.weight.device
+    decoder = self.base_model
+    if config.lambda_consistency != 0:
+        with torch.no_grad(), teacher(self):
+            teacher_hidden = decoder(**arguments).last_hidden_state.to(device)
+    if not routed:
+        outputs = decoder(**arguments)
+        hidden = outputs.last_hidden_state
+    else:
+        # The model's own forward knows its auxiliary loss; of the logits it makes one token's.
+        captured: list[Any] = []
+        handle = decoder.register_forward_hook(lambda module, args, output: captured.append(output[0]))
+        try:
+            outputs = original(**arguments, output_router_logits=True, logits_to_keep=1)
+        finally:
+            handle.remove()
+        hidden = captured[0]
+    result = linear_objective(
+        hidden.to(device),
+        teacher_hidden,
+        heads.student,
+        labels.to(device),
+        config,
+        teacher_head=heads.teacher,
+        normalizer=_at_least_one(normalizer, device),
+    )
+    return result, outputs
+
+
+def _from_logits(
+    self: Any,
+    original: Callable[..., Any],
+    arguments: dict[str, Any],
+    labels: Tensor,
+    normalizer: Any,
+    config: BALoraConfig,
+    routed: bool,
+) -> tuple[BALoraOutput, Any]:
+    """The objective by the model's logits, and the outputs of the student's forward."""
+    teacher_logits = None
+    if config.lambda_consistency != 0:
+        with torch.no_grad(), teacher(self):
+            teacher_logits = original(**arguments).logits
+    outputs = original(**arguments, **({"output_router_logits": True} if routed else {}))
+    device = outputs.logits.device
+    result = logits_objective(
+        outputs.logits, teacher_logits, labels.to(device), config, _at_least_one(normalizer, device)
+    )
+    return result, outputs
+
+
+def _at_least_one(normalizer: Any, device: torch.device) -> Tensor | None:
+    return None if normalizer is None else torch.as_tensor(normalizer, device=device).clamp_min(1)
+
+
+def _aux_weight(model: Any) -> float:
+    """The weight that the model's own forward gives the auxiliary loss of its experts."""
+    for owner in (model, model.config.get_text_config()):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if isinstance(getattr(owner, name, None), (int, float)):
+                return getattr(owner, name)
+    raise ValueError(
+        f"output_router_logits: {type(model).__name__} does not tell the weight of its auxiliary loss "
+        "(router_aux_loss_coef); leave it off"
+    )
 
 
 def _by_name(function: Callable[..., Any], self: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

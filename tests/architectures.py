@@ -37,7 +37,7 @@ ARCHITECTURES = {
     "phi": ("Phi", dict(partial_rotary_factor=0.5), (*_FC, "dense")),
     "gpt2": (
         "GPT2",
-        dict(**_SHORT, n_positions=64, n_embd=32, n_layer=2, n_head=4),
+        dict(**_SHORT, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
         ("c_attn", "c_proj", "c_fc"),
     ),
     "cohere": ("Cohere", dict(**_TIED, logit_scale=0.25), _DENSE),
@@ -53,6 +53,7 @@ ARCHITECTURES = {
             num_attention_heads=4,
             max_position_embeddings=64,
             word_embed_proj_dim=16,
+            dropout=0.0,
         ),
         (*_FC, "out_proj"),
     ),
@@ -72,6 +73,8 @@ def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes
     prefix_config = "Gemma3Text" if name == "gemma3" else prefix
     config = getattr(transformers, f"{prefix_config}Config")(**{**fields, **changes})
     kind = "GPT2LMHeadModel" if name == "gpt2" else f"{prefix}ForCausalLM"
+    if hasattr(config, "num_local_experts"):
+        config._experts_implementation = "eager"  # grouped products know no float64
     torch.manual_seed(seed)
     model = getattr(transformers, kind)(config)
     with torch.no_grad():

@@ -1,0 +1,143 @@
+"""The output layer of a causal language model as linear maps: the student's, and the pre-trained model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import peft
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from . import reference
+from .functional import LinearHead
+from .pissa import teacher
+
+Adapter = tuple[Tensor, Tensor, float]  # A, B, s
+
+
+class Heads(NamedTuple):
+    """The output layer of the model, and of the pre-trained one where that is another (a trained or adapted head)."""
+
+    student: LinearHead
+    teacher: LinearHead | None
+
+
+def heads_of(base: Any, known: Heads | None = None) -> Heads | str:
+    """The output layer of a causal language model as linear maps, or why it is none.
+
+    known: an earlier answer, whose heads are kept where they have the same tensors: they know their Gram matrices.
+    """
+    layer = base.get_output_embeddings()
+    pre_trained: tuple[Any, Adapter | None] | None = None  # its layer and adapter, where it has another head
+    if isinstance(layer, ModulesToSaveWrapper):
+        original = layer.original_module
+        if not layer.disable_adapters and layer.active_adapters and layer.active_adapters[0] in layer.modules_to_save:
+            pre_trained = original, None
+            layer = layer.modules_to_save[layer.active_adapters[0]]
+        else:
+            layer = original
+    lora: Adapter | None = None
+    if isinstance(layer, LoraLayer) and not (layer.merged or layer.disable_adapters):
+        adapters = [name for name in layer.active_adapters if name in layer.lora_A]
+        if len(adapters) > 1:
+            return f"its head has the adapters {', '.join(adapters)} at once"
+        if adapters:
+            found = _head_adapter(layer, adapters[0])
+            if isinstance(found, str):
+                return found
+            lora, initial = found
+            pre_trained = layer.get_base_layer(), initial
+    if isinstance(layer, BaseTunerLayer):
+        layer = layer.get_base_layer()
+    tensors = _linear(layer, lora)
+    if isinstance(tensors, str):
+        return tensors
+    weight, bias, lora = tensors
+    student = LinearHead(weight, bias, *_softcap_and_scale(base.config.get_text_config()), lora)
+    own = None
+    if pre_trained is not None:
+        tensors = _linear(*pre_trained)
+        if isinstance(tensors, str):
+            return tensors
+        own = student.replaced(*tensors)
+    if known is None:
+        return Heads(student, own)
+    return Heads(known.student.replaced(weight, bias, lora), _kept(known.teacher, own))
+
+
+def _softcap_and_scale(config: Any) -> tuple[float | None, float]:
+    """Gemma's final_logit_softcapping, Cohere's logit_scale, Granite's logits_scaling; ``difference`` finds others."""
+    names = "final_logit_softcapping", "logit_scale", "logits_scaling"
+    values = (getattr(config, name, None) for name in names)
+    softcap, scale, divisor = (v if isinstance(v, (int, float)) else None for v in values)
+    return softcap, (1.0 if scale is None else scale) / (1.0 if divisor is None else divisor)
+
+
+def _linear(layer: Any, lora: Adapter | None) -> tuple[Tensor, Tensor | None, Adapter | None] | str:
+    if isinstance(layer, nn.Linear) and layer.weight.is_floating_point() and layer.weight.dim() == 2:
+        return layer.weight, layer.bias, lora
+    return f"its head is no plain linear layer but {type(layer).__name__}"
+
+
+def _kept(old: LinearHead | None, new: LinearHead | None) -> LinearHead | None:
+    return new if old is None or new is None else old.replaced(new.weight, new.bias, new.lora)
+
+
+def _head_adapter(layer: LoraLayer, name: str) -> tuple[Adapter, Adapter | None] | str:
+    """The adapter on the head as (A, B, s), the one of the pre-trained model if it has one; or why it is none."""
+    if layer.lora_dropout[name].__class__ is not nn.Identity and layer.lora_dropout[name].p > 0:
+        return f"its head has an adapter with dropout ({layer.lora_dropout[name].p})"
+    if getattr(layer, "use_dora", {}).get(name) or layer.lora_B[name].bias is not None:
+        return "its head has a DoRA adapter, or one with a bias"
+    a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    if hasattr(layer, "lora_initial_A"):  # the residual form
+        return (a, b, scaling), (getattr(layer.lora_initial_A, name), getattr(layer.lora_initial_B, name), scaling)
+    if hasattr(layer, "lora_offset_A"):  # s·(BA − B₀A₀) as one product
+        a0, b0 = getattr(layer.lora_offset_A, name), getattr(layer.lora_offset_B, name)
+        return (torch.cat([a, a0.to(a.dtype)]), torch.cat([b, -b0.to(b.dtype)], dim=1), scaling), None
+    if layer.lora_variant.get(name) is not None:
+        return f"its head has an adapter of the kind {type(layer.lora_variant[name]).__name__}"
+    return (a, b, scaling), None
+
+
+def difference(peft_model: peft.PeftModel, heads: Heads) -> str | None:
+    """How the model's own logits differ from those of the heads on a few tokens; None where they do not.
+
+    A model may do what its configuration does not tell.
+    """
+    base: Any = peft_model.get_base_model()
+    head = heads.student
+    if head.weight.device.type == "meta":
+        return None
+    tokens = torch.arange(min(8, len(head.weight)), device=base.get_input_embeddings().weight.device)[None]  # [1, S]
+    for head, mode in ((heads.student, _evaluation), (heads.teacher or heads.student, teacher)):
+        with torch.no_grad(), mode(peft_model):
+            logits = base(input_ids=tokens, use_cache=False).logits  # [1, S, V]
+            hidden = base.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            rows = hidden.flatten(0, 1).to(head.weight.device)
+            found = reference.logits(rows, head.weight, head.bias, head.softcap, head.scale, head.lora)
+        if found.shape != logits.shape[1:]:
+            return f"its logits have the shape {list(logits.shape[1:])}, its head gives {list(found.shape)}"
+        error = (logits[0].to(found) - found).abs().max().item()
+        allowed = 8 * torch.finfo(hidden.dtype).eps * logits.abs().max().item() + 1e-6
+        if not error <= allowed:
+            return f"its logits are not those of a linear head (difference {error:.3g}, allowed {allowed:.3g})"
+    return None
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module's own mode afterwards."""
+    in_training = [m for m in model.modules() if m.training]
+    try:
+        for m in in_training:
+            m.training = False
+        yield
+    finally:
+        for m in in_training:
+            m.training = True
