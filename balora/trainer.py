@@ -32,9 +32,9 @@ class BALoraCallback(TrainerCallback):
     """Tells an attached model how far training is, and adds its loss terms and λ to the logs.
 
     Logged beside ``loss``: ce, consistency, diversity and svd (unweighted, means over the optimizer steps since the
-    last log; a term whose λ is 0 is left out) and lambda_consistency, lambda_diversity, lambda_svd (those of the last
-    step). The terms stay on the device until a log, so a step costs no host synchronization; in a run of several
-    processes they are those of this process.
+    last log, and over the processes; a term whose λ is 0 is left out) and lambda_consistency, lambda_diversity,
+    lambda_svd (those of the last step). The terms stay on the device until a log, so a step costs no host
+    synchronization and no communication.
 
     Reporting callbacks that come before this one in the Trainer's list do not see what it adds: use ``BALoraMixin``,
     which puts it first.
@@ -71,7 +71,15 @@ class BALoraCallback(TrainerCallback):
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         if not logs or "loss" not in logs:
             return
-        added = {name: (total / steps).item() for name, (total, steps) in self._since_log.items()}
+        added: dict[str, float] = {}
+        if self._since_log:
+            means = torch.stack([total / steps for total, steps in self._since_log.values()])
+            if args.world_size > 1:
+                torch.distributed.all_reduce(means)
+                # Terms divided by the tokens of all processes add up; others are each process's own means.
+                if not (attachment(model)[1].summed and args.average_tokens_across_devices):
+                    means /= args.world_size
+            added.update(zip(self._since_log, means.tolist(), strict=True))
         names = ("lambda_consistency", "lambda_diversity", "lambda_svd")
         added.update(zip(names, attachment(model)[1].lambdas, strict=True))
         self._since_log = {}

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 import balora
 from balora import BALoraConfig
@@ -37,13 +39,15 @@ class Recorder(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def fit(folder, config=CONFIG, callbacks=(), **options):
+def fit(folder, config=CONFIG, callbacks=(), rows=None, **options):
+    for_trainer = {k: options.pop(k) for k in ("compute_metrics", "compute_loss_func", "eval_dataset") if k in options}
     model = balora.get_pissa_model(tiny_llama(), r=4)
     balora.attach(model, config)
     defaults = dict(max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=2, save_strategy="no")
     defaults |= dict(disable_tqdm=True, dataloader_pin_memory=False, use_cpu=True)
     arguments = TrainingArguments(str(folder), **{**defaults, **options})
-    trainer = BALoraTrainer(model, arguments, train_dataset=examples(), callbacks=list(callbacks))
+    rows = examples() if rows is None else rows
+    trainer = BALoraTrainer(model, arguments, train_dataset=rows, callbacks=list(callbacks), **for_trainer)
     trainer.train()
     return trainer
 
@@ -88,11 +92,98 @@ def test_four_micro_batches_of_one_are_one_batch_of_four(tmp_path):
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_of_equal_rows_every_term_adds_up_over_micro_batches(tmp_path):
+    """The SVD term of a micro-batch has the weight of its tokens: of equal rows the whole has the same singular values
+    but for a factor, and every split is the same objective."""
+    config = replace(CONFIG, lambda_svd=5.0, focus_schedule="constant", svd_rank=3)
+    rows = examples(1) * 16
+    recorders = [Recorder(), Recorder()]
+    whole = fit(tmp_path, config, recorders[:1], rows=rows)
+    options = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    parts = fit(tmp_path, config, recorders[1:], rows=rows, **options)
+    start, whole, parts = adapters_at_start(), adapters(whole), adapters(parts)
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-4, msg=name)
+        assert (whole[name] - start[name]).abs().max() > 0.01
+    for a, b in zip(*(r.logs for r in recorders), strict=True):
+        for name in ("ce", "consistency", "diversity", "svd"):
+            assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_two_processes_log_what_one_does(tmp_path, average):
+    script = Path(__file__).with_name("two_processes.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = {}
+    for processes, size in ((2, 2), (1, 4)):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += [str(script), str(tmp_path / str(processes)), str(size), "average" if average else "alone"]
+        running[processes] = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    logs = {}
+    for processes, process in running.items():
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        logs[processes] = json.loads((tmp_path / str(processes) / "log.json").read_text())[:-1]
+    assert len(logs[1]) == len(logs[2]) == 2
+    for one, two in zip(logs[1], logs[2], strict=True):
+        for name in ("loss", "ce", "consistency", "diversity"):
+            # Without averaging each process divides by its own number of tokens, so its rows have other weights.
+            assert two[name] == pytest.approx(one[name], rel=1e-5 if average else 0.05), name
+    if average:
+        one, two = (load_file(tmp_path / n / "adapters") for n in "12")
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_evaluation_metrics_early_stopping_and_the_best_model(tmp_path):
+    """A run that gets worse is stopped, and ends with its best adapters, which are what is exported."""
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append(prediction.predictions.shape)
+        right = prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]
+        return {"accuracy": float(right[prediction.label_ids[:, 1:] != -100].mean())}
+
+    options = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, learning_rate=0.3)
+    options |= dict(load_best_model_at_end=True, metric_for_best_model="eval_loss", max_steps=50)
+    trainer = fit(
+        tmp_path,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        compute_metrics=compute_metrics,
+        eval_dataset=examples(6, seed=1),
+        **options,
+    )
+    assert set(seen) == {(6, 12, 97)}
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert all("eval_accuracy" in log for log in trainer.state.log_history if "eval_loss" in log)
+    best = 1 + losses.index(min(losses))
+    assert len(losses) == best + 2 < 50
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+    balora.export_lora(trainer.model, tmp_path / "lora")
+    alone = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora")
+    tokens = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(alone(tokens).logits, trainer.model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["label smoothing", "a loss of the user's own"])
+def test_labels_that_are_taken_away_raise(tmp_path, how):
+    options = dict(label_smoothing_factor=0.1) if how == "label smoothing" else {}
+    more = {} if options else dict(compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.loss)
+    with pytest.raises(ValueError, match="labels: a model attached to BA-LoRA needs labels in training, found None"):
+        fit(tmp_path, **options, **more)
+
+
 def test_evaluation_is_plain_cross_entropy_with_logits(tmp_path):
     trainer = fit(tmp_path)
     found = trainer.evaluate(examples(6, seed=1))["eval_loss"]
     balora.detach(trainer.model)
     assert found == pytest.approx(trainer.evaluate(examples(6, seed=1))["eval_loss"], rel=1e-6)
+
+
+def adapters_at_start():
+    return {n: p.detach() for n, p in balora.get_pissa_model(tiny_llama(), r=4).named_parameters() if p.requires_grad}
 
 
 def command(model, data, out, *more):

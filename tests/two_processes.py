@@ -1,0 +1,51 @@
+"""A short training run, for one or several processes: ``torchrun … tests/two_processes.py OUT BATCH``."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import TrainingArguments
+
+import balora
+from balora import BALoraConfig
+from balora.trainer import BALoraTrainer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.conftest import tiny_llama
+from tests.test_trainer import examples
+
+
+def main(out: Path, batch: int, average: bool) -> None:
+    torch.set_num_threads(1)
+    model = balora.get_pissa_model(tiny_llama(), r=4)
+    config = BALoraConfig(
+        lambda_consistency=0.5, lambda_diversity=0.3, lambda_svd=0.0, focus_warmup=0.0, focus_ramp=0.0
+    )
+    balora.attach(model, config)
+    arguments = TrainingArguments(
+        str(out),
+        max_steps=4,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        logging_steps=2,
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=True,
+        average_tokens_across_devices=average,
+        report_to="none",
+    )
+    trainer = BALoraTrainer(model, arguments, train_dataset=examples(32))
+    trainer.train()
+    if trainer.is_world_process_zero():
+        (out / "log.json").write_text(json.dumps(trainer.state.log_history))
+        save_file({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}, out / "adapters")
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    main(folder, int(sys.argv[2]), sys.argv[3] == "average")
