@@ -315,10 +315,27 @@ def with_a_router():
     return lora("mixtral", base=model)
 
 
+def with_a_hook_on_the_adapter():
+    """Only the student's head is odd."""
+    model = lora(targets=["lm_head"])
+    model.get_base_model().lm_head.lora_B.default.register_forward_hook(lambda module, args, output: output.tanh())
+    return model
+
+
+def with_a_hook_on_the_pre_trained_head():
+    """Only the teacher's head is odd."""
+    model = lora(modules_to_save=["lm_head"])
+    head = model.get_base_model().lm_head
+    head.original_module.register_forward_hook(lambda module, args, output: 2 * output.tanh())
+    return model
+
+
 # What is odd about the head, and what the warning says.
 ODD = {
     "a hook": (lambda: lora(base=with_hook("llama")), "its logits are not those of a linear head"),
     "a scale that does nothing": (with_an_idle_scale, "its logits are not those of a linear head"),
+    "the adapter": (with_a_hook_on_the_adapter, "its logits are not those of a linear head"),
+    "the pre-trained head": (with_a_hook_on_the_pre_trained_head, "its logits are not those of a linear head"),
     "two layers": (with_two_layers, "its head is no plain linear layer but Sequential"),
     "DoRA on the head": (lambda: lora(targets=["lm_head"], use_dora=True), "its head has a DoRA adapter"),
     "a biased adapter": (lambda: lora(targets=["lm_head"], lora_bias=True), "its head has a DoRA adapter, or one with"),
