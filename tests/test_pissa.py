@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import balora
 from balora import pissa, principal
-from balora.pissa import OffsetVariant
+from balora.adapters import OffsetVariant
 
 from .conftest import batch, tiny_llama, train_a_little
 from .test_principal import record
@@ -375,7 +375,7 @@ BAD = {
     "no such device": (dict(r=2, device="cuda:99"), ValueError, "device: expected a device that torch has here"),
     "device type": (dict(r=2, device=1.5), ValueError, "device: expected a device that torch has here, found 1.5"),
     "meta": (dict(r=2, device="meta"), ValueError, "device: expected a device with memory, found 'meta'"),
-    "form": (dict(r=2, form="residual"), ValueError, "form: expected 'offset', found 'residual'"),
+    "form": (dict(r=2, form="dense"), ValueError, "form: expected 'offset' or 'residual', found 'dense'"),
     "option": (dict(r=2, use_dora=True), ValueError, "lora_config: use_dora cannot be used here"),
     "no such layer": (dict(r=2, target_modules=["query"]), ValueError, "query"),
     "half way": (dict(r=2, target_modules=["q_proj", "input_layernorm"]), ValueError, "RMSNorm"),
@@ -388,7 +388,7 @@ BAD = {
     "not linear": (
         dict(r=2, target_modules=["embed_tokens"]),
         ValueError,
-        "target_modules: expected nn.Linear.*Embedding",
+        "target_modules: expected linear layers.*Embedding",
     ),
 }
 
@@ -411,7 +411,7 @@ def test_a_model_that_has_adapters_or_no_known_layer_is_refused():
     model, *_ = make()
     with pytest.raises(ValueError, match="model: expected a model without adapters"):
         balora.get_pissa_model(model, r=2)
-    with pytest.raises(ValueError, match=r"target_modules: None stands for q_proj.*name its layers, of 0"):
+    with pytest.raises(ValueError, match=r"target_modules: None stands for the linear layers.*name its layers, of 0"):
         balora.get_pissa_model(torch.nn.Sequential(torch.nn.Linear(3, 3)), r=2)
     with pytest.raises(TypeError, match="peft_model: expected a peft.PeftModel, found LlamaForCausalLM"):
         balora.export_lora(tiny_llama(), "nowhere")
