@@ -163,6 +163,15 @@ def change(module: LoraLayer, adapter: str) -> Tensor:
     return left @ right
 
 
+def pretrained_weight(module: LoraLayer, adapter: str) -> Tensor:
+    """W [out, in] before it was adapted: as it is stored, or W_res + s·B₀A₀ in float64."""
+    weight = module.get_base_layer().weight.detach()
+    weight = weight.T if module.fan_in_fan_out else weight
+    if form_of(module) != "residual":
+        return weight
+    return weight.double() + _initial(module, *frozen(module, adapter)).to(weight.device)
+
+
 def _trained(module: LoraLayer, adapter: str) -> Tensor:
     a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
     return module.scaling[adapter] * b.double() @ a.double()
@@ -199,24 +208,18 @@ def subtract(layers: Sequence[LoraLayer]) -> None:
 
 def _before_load(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Refuse the factors of another form, whose A and B mean something else; keep A₀ and B₀ for ``_after_load``."""
-    form, layer = form_of(module), prefix.rstrip(".")
-    found = {
-        (saved, key.rpartition(".")[2])
-        for saved, (a0, _) in FROZEN.items()
-        for key in state
-        if key.startswith(prefix + a0)
-    }
-    others = sorted(found - {(str(form), ADAPTER)})
-    if others:
-        saved, adapter = others[0]
+    form, layer = str(form_of(module)), prefix.rstrip(".")
+    found = [saved for saved, (a0, _) in FROZEN.items() if any(key.startswith(prefix + a0) for key in state)]
+    if found not in ([], [form]):
         raise ValueError(
-            f"checkpoint: expected PiSSA adapters of the {form} form, to be loaded as {ADAPTER!r}, found the {saved} "
-            f"form as {adapter!r} at {layer}"
+            f"checkpoint: expected PiSSA adapters of the {form} form, found the {found[0]} form at {layer}"
         )
-    if not found and any(k.startswith(f"{prefix}lora_A.{ADAPTER}.") for k in state):
+    if found and f"{prefix}{FROZEN[form][0]}.{ADAPTER}" not in state:
+        raise ValueError(f"adapter_name: expected {ADAPTER!r}, the one PiSSA adapter of {layer}, found another name")
+    if not found and any(key.startswith(f"{prefix}lora_A.{ADAPTER}.") for key in state):
         raise ValueError(f"checkpoint: expected PiSSA adapters of the {form} form, found an ordinary LoRA at {layer}")
     # A state dict with the base weights brings the W_res of its own factors.
-    if form == "residual" and found and not any(k.startswith(f"{prefix}base_layer.") for k in state):
+    if form == "residual" and found and not any(key.startswith(f"{prefix}base_layer.") for key in state):
         module.__dict__["_frozen_before_load"] = [t.clone() for t in frozen(module, ADAPTER)]
 
 

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import principal
-from .adapters import ADAPTER, VARIANTS, factors, form_of, subtract
+from .adapters import ADAPTER, VARIANTS, factors, form_of, frozen, initial_scaling, pretrained_weight, subtract
 from .checks import check_whole
 from .targets import LINEAR, checked_targets, default_targets, fused_error
 
@@ -151,7 +152,7 @@ def get_pissa_model(
 def _initialize(
     layers: list[LoraLayer], form: str, batch_bytes: int, n_iter: int | None, device: torch.device | None
 ) -> None:
-    weights = [_weight(layer) for layer in layers]
+    weights = [pretrained_weight(layer, ADAPTER) for layer in layers]
     ranks, scalings = [layer.r[ADAPTER] for layer in layers], [layer.scaling[ADAPTER] for layer in layers]
     with tqdm(total=len(layers), desc="PiSSA: decomposing the weights", disable=None, leave=False) as bar:
         for batch in principal.batches(weights, ranks, batch_bytes):
@@ -161,12 +162,6 @@ def _initialize(
             for i, (b0, a0) in zip(batch, found, strict=True):
                 VARIANTS[form].init(layers[i], ADAPTER, a0=a0, b0=b0)
             bar.update(len(batch))
-
-
-def _weight(layer: LoraLayer) -> Tensor:
-    """The weight as [out, in]; a Conv1D has it as [in, out]."""
-    weight = layer.get_base_layer().weight.detach()
-    return weight.T if layer.fan_in_fan_out else weight
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:
@@ -259,6 +254,72 @@ def teacher(model: nn.Module) -> Iterator[None]:
             m.initial_selected, m._active_adapter = initial, active
         for m in in_training:
             m.training = True
+
+
+@dataclass(frozen=True)
+class PrincipalError:
+    """How near one layer's s·B₀A₀ is to its W. Both errors are relative to ‖W‖_F."""
+
+    name: str
+    shape: tuple[int, int]  # of W, [out, in]
+    rank: int
+    error: float  # ‖W − s·B₀A₀‖
+    least: float  # the least of that rank, √(Σ_{i>r} σ_i²)
+
+
+@dataclass(frozen=True)
+class PrincipalErrors:
+    """The errors of the measured layers, and of how many layers they are."""
+
+    layers: list[PrincipalError]
+    of: int
+
+    @property
+    def summary(self) -> str:
+        """One line: what the adapters hold of the weights, and how far the worst layer is from the best of its rank."""
+        held = [(1 - layer.error**2) ** 0.5 if layer.error < 1 else 0.0 for layer in self.layers]
+        text = f"PiSSA: the adapters hold {min(held):.0%} to {max(held):.0%} of ‖W‖; error at most "
+        # Below 1e-6 the rounding of the factors is all there is, and the least is not known from 0.
+        ratios = [layer.error / layer.least for layer in self.layers if layer.least > 1e-6]
+        text += (
+            f"{max(ratios):.4f} × the least of rank r" if ratios else f"{max(x.error for x in self.layers):.1e} of ‖W‖"
+        )
+        return f"{text} ({len(self.layers)} of {self.of} layers measured)"
+
+
+def principal_errors(
+    peft_model: nn.Module, *, all_layers: bool = False, device: torch.device | str | None = None
+) -> PrincipalErrors:
+    """‖W − s·B₀A₀‖_F of the adapters' start against the least that their rank allows, in either form, at any time.
+
+    In the residual form W is W_res + s·B₀A₀, up to its rounding.
+
+    Args:
+        peft_model: from ``get_pissa_model``.
+        all_layers: False: the first layer of each shape and rank. A layer of 4096 x 4096 takes 6 s on one core
+            of a CPU and 0.3 GB (``principal.errors``).
+        device: where to compute, as in ``get_pissa_model``.
+
+    Raises:
+        ValueError: there are no PiSSA adapters, or they are merged into the weights.
+    """
+    layers = {name: m for name, m in peft_model.named_modules() if form_of(m)}
+    if not layers:
+        raise ValueError("peft_model: expected PiSSA adapters of get_pissa_model, found none")
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("peft_model: the adapters are merged into the weights; call unmerge_adapter() first")
+    place = _device(device)
+    chosen: dict[object, str] = {}
+    for name, layer in layers.items():
+        key = (layer.out_features, layer.in_features, layer.r[ADAPTER])
+        chosen.setdefault(name if all_layers else key, name)
+    found = []
+    for name in tqdm(chosen.values(), desc="PiSSA: measuring the adapters", disable=None, leave=False):
+        layer = layers[name]
+        weight, (a0, b0) = pretrained_weight(layer, ADAPTER), frozen(layer, ADAPTER)
+        error, least = principal.errors(weight, b0, a0, initial_scaling(layer, ADAPTER), place)
+        found.append(PrincipalError(name, (weight.shape[0], weight.shape[1]), len(a0), error, least))
+    return PrincipalErrors(found, len(layers))
 
 
 def export_lora(peft_model: peft.PeftModel, directory: str | Path) -> None:
