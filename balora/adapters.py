@@ -9,7 +9,7 @@ names hold ``lora_`` and the adapter's name. Each form has names of its own, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,7 @@ def _plus(module: LoraLayer, weight: Tensor, update: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def subtract(layers: Sequence[LoraLayer]) -> None:
+def subtract(layers: Iterable[LoraLayer]) -> None:
     """W ← W − s·B₀A₀ in every layer of the residual form: all or, after an error, none.
 
     The old weights wait in host memory until the last one is done, because W_res + s·B₀A₀ would round them.

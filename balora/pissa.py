@@ -133,7 +133,7 @@ def get_pissa_model(
             _check_unshared(model, layers)
         _initialize(list(layers.values()), form, batch_bytes, n_iter, device)
         if form == "residual":
-            subtract(list(layers.values()))
+            subtract(tqdm(layers.values(), desc="PiSSA: subtracting from the weights", disable=None, leave=False))
     except BaseException:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 LINEAR = (nn.Linear, Conv1D)
@@ -17,8 +17,9 @@ _BEFORE_FUSION = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 def default_targets(model: nn.Module) -> list[str]:
     """The linear layers inside the blocks, by the shortest names that select them and nothing else.
 
-    Blocks are the modules of the outermost ``nn.ModuleList``s below ``model.base_model``. Where experts are fused into
-    3-D parameters, the part of the block that holds them is left out in every block, so attention alone remains.
+    Blocks are the modules of the outermost ``nn.ModuleList``s of the decoder (of both halves of an encoder-decoder, of
+    an encoder). Where experts are fused into 3-D parameters, the part of the block that holds them is left out in every
+    block, so attention alone remains.
 
     Raises:
         ValueError: there is no such layer.
@@ -52,11 +53,13 @@ def checked_targets(model: nn.Module, targets: list[str] | str, excluded: list[s
     Raises:
         ValueError: they hit a router, or experts that are fused into 3-D parameters.
     """
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = "all-linear"
     modules = [(name, m) for name, m in model.named_modules() if not (excluded and named_by(excluded, name))]
     linear = [name for name, m in modules if isinstance(m, LINEAR)]
-    if targets == "all-linear":
-        base = _base_name(model)
-        hit = linear = [name for name in linear if name.startswith(f"{base}." if base else "")]
+    if targets == "all-linear":  # but the head
+        inside = set(getattr(model, "base_model", model).modules())
+        hit = linear = [name for name, m in modules if isinstance(m, LINEAR) and m in inside]
     else:
         hit = [name for name, _ in modules if named_by(targets, name)]
         linear = [name for name in linear if named_by(targets, name)]
@@ -85,7 +88,7 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
         f"{name}.{parameter_name}": p
         for name, m in model.named_modules()
         for parameter_name, p in m.named_parameters(recurse=False)
-        if p.dim() == 3 and not isinstance(m, _ConvNd) and "expert" in f"{name} {type(m).__name__}".lower()
+        if p.dim() == 3 and "expert" in f"{name} {type(m).__name__}".lower()
     }
 
 
@@ -124,21 +127,13 @@ def _is_router(model: nn.Module, name: str) -> bool:
     return False
 
 
-def _base_name(model: nn.Module) -> str:
-    """The name of the model below the head; empty where it is the model itself."""
-    base = getattr(model, "base_model", model)
-    return next((name for name, m in model.named_modules() if m is base), "")
-
-
 def _stacks(model: nn.Module) -> list[str]:
-    """The names of the lists of blocks."""
-    base = _base_name(model)
-    found: list[str] = []
-    for name, m in model.named_modules():
-        below = name.startswith(f"{base}.") if base else True
-        if isinstance(m, nn.ModuleList) and below and not any(name.startswith(f"{stack}.") for stack in found):
-            found.append(name)
-    return found
+    """The names of the lists of blocks: below the decoder, or both halves of an encoder-decoder; outer lists first."""
+    base: Any = getattr(model, "base_model", model)
+    if hasattr(base, "get_decoder") and not getattr(base.config, "is_encoder_decoder", False):
+        base = base.get_decoder()  # of a model that sees, not its vision tower; an encoder gives itself
+    inside = set(base.modules())
+    return [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and m in inside]
 
 
 def _part(stacks: list[str], name: str) -> str | None:

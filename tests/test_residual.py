@@ -1,6 +1,7 @@
 """The residual form: W_res = W − s·B₀A₀ in place of W, the teacher on the frozen factors, checkpoints, the export."""
 
 import contextlib
+import copy
 import gc
 
 import peft
@@ -279,6 +280,19 @@ def test_a_state_dict_with_the_base_weights_is_taken_as_it_is():
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     assert torch.equal(in_teacher(again), in_teacher(model))
+
+
+def test_a_copy_of_the_model_loads_for_itself(tmp_path):
+    model, *_ = make("float64", n_iter=1)
+    start, weights = logits(model), base_weights(model)
+    other, *_ = make("float64")
+    other.save_pretrained(tmp_path)
+    twin = copy.deepcopy(model)
+    twin.load_adapter(tmp_path, "default")
+    assert torch.equal(in_teacher(model), start)
+    assert all(torch.equal(w, weights[n]) for n, w in base_weights(model).items())
+    for name, weight in base_weights(other).items():
+        torch.testing.assert_close(base_weights(twin)[name], weight)
 
 
 @pytest.mark.parametrize("form", ["offset", "residual"])

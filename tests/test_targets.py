@@ -6,7 +6,19 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertForSequenceClassification, Qwen2MoeConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2MoeConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.pytorch_utils import Conv1D
 
 import balora
@@ -288,6 +300,23 @@ def test_an_encoder_has_blocks_too():
         model = balora.get_pissa_model(base, r=2)
         assert len(adapted(model)) == 12
         assert not any("pooler" in name or "classifier" in name for name in adapted(model))
+
+
+def test_a_model_that_sees_gets_adapters_in_its_language_model():
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    vision = CLIPVisionConfig(**shape, image_size=16, patch_size=8, projection_dim=16)
+    base = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=LlamaConfig(**shape)))
+    assert "o_proj" in default_targets(base)  # short where the vision tower has no such name
+    model = balora.get_pissa_model(base, r=2)
+    assert len(adapted(model)) == 14
+    assert all(name.startswith("model.language_model.layers.") for name in adapted(model))
+
+
+def test_an_encoder_decoder_has_two_stacks():
+    config = T5Config(d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8, vocab_size=97)
+    base = T5ForConditionalGeneration(config)
+    assert default_targets(base) == ["q", "k", "v", "o", "wi", "wo"]
+    assert len(adapted(balora.get_pissa_model(base, r=2))) == 2 * 6 + 2 * 10
 
 
 @pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload", "dispatch"])
