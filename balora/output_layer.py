@@ -14,6 +14,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from . import reference
+from .adapters import form_of, frozen, initial_scaling
 from .functional import LinearHead
 from .pissa import teacher
 
@@ -95,10 +96,11 @@ def _head_adapter(layer: LoraLayer, name: str) -> tuple[Adapter, Adapter | None]
     if getattr(layer, "use_dora", {}).get(name) or layer.lora_B[name].bias is not None:
         return "its head has a DoRA adapter, or one with a bias"
     a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-    if hasattr(layer, "lora_initial_A"):  # the residual form
-        return (a, b, scaling), (getattr(layer.lora_initial_A, name), getattr(layer.lora_initial_B, name), scaling)
-    if hasattr(layer, "lora_offset_A"):  # s·(BA − B₀A₀) as one product
-        a0, b0 = getattr(layer.lora_offset_A, name), getattr(layer.lora_offset_B, name)
+    form = form_of(layer)
+    if form == "residual":
+        return (a, b, scaling), (*frozen(layer, name), initial_scaling(layer, name))
+    if form == "offset":  # s·(BA − B₀A₀) as one product
+        a0, b0 = frozen(layer, name)
         return (torch.cat([a, a0.to(a.dtype)]), torch.cat([b, -b0.to(b.dtype)], dim=1), scaling), None
     if layer.lora_variant.get(name) is not None:
         return f"its head has an adapter of the kind {type(layer.lora_variant[name]).__name__}"

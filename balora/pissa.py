@@ -1,14 +1,17 @@
-"""PiSSA adapters as an offset: W stays as it is, and the pre-trained model is the same model with its adapters off.
+"""PiSSA adapters on a pre-trained model, the pre-trained model inside of it, and the LoRA that comes out.
 
-An adapted layer computes ``W x + s·(B(A x) − B₀(A₀ x))``. A and B start at the principal part of W, A₀ and B₀ are that
-start, frozen. While nothing is trained the bracket is exactly zero, so student and teacher are the same bits.
+Form "offset": W stays as it is, and the pre-trained model is the same model with its adapters off. Form "residual": W
+becomes W_res = W − s·B₀A₀, and the pre-trained model is W_res with the frozen A₀ and B₀. A and B start at A₀ and B₀, so
+before training student and teacher are the same bits.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,113 +19,30 @@ import peft
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import principal
+from .adapters import ADAPTER, VARIANTS, factors, form_of, frozen, initial_scaling, pretrained_weight, subtract
 from .checks import check_whole
+from .targets import LINEAR, checked_targets, default_targets, fused_error
 
-_ADAPTER = "default"
-# The projections of dense Llama-like models: attention and MLP, never the embedding or the head.
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Options of peft.LoraConfig that keep the promises of this module; the others change what is trained or computed.
 _LORA_OPTIONS = (
     "lora_dropout",
     "use_rslora",
     "task_type",
     "exclude_modules",
+    "modules_to_save",
     "layers_to_transform",
     "layers_pattern",
     "rank_pattern",
     "alpha_pattern",
 )
-
-
-class _Frozen(nn.Module):
-    """One tensor an adapter name: a buffer, so that it is saved and moved with the layer and never trained."""
-
-    def __init__(self, adapter: str, tensor: Tensor) -> None:
-        super().__init__()
-        self.register_buffer(adapter, tensor)
-
-
-class _FrozenPath(torch.autograd.Function):
-    """B₀(A₀ x). Keeps A₀ and B₀ for the backward as they are stored; autograd would keep their float32 copies."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, a0: Tensor, b0: Tensor) -> Tensor:
-        ctx.save_for_backward(a0, b0)
-        ctx.dtype = x.dtype
-        return F.linear(F.linear(x, a0.to(x.dtype)), b0.to(x.dtype))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        a0, b0 = ctx.saved_tensors
-        return ((grad @ b0.to(grad.dtype)) @ a0.to(grad.dtype)).to(ctx.dtype), None, None
-
-
-class OffsetVariant(LoraVariant):
-    """``W x + s·(B(A x) − B₀(A₀ x))``: the bracket first, one dropout mask for both.
-
-    A₀ and B₀ are the modules ``lora_offset_A`` and ``lora_offset_B`` of the layer, in the type of W; peft saves them
-    with the adapter, because their names hold ``lora_`` and the adapter's name.
-    """
-
-    @staticmethod
-    def init(module: LoraLayer, adapter_name: str, *, a0: Tensor, b0: Tensor, **kwargs: Any) -> None:
-        """Start A and B, and freeze A₀ and B₀, at these factors in W's type: from other roundings the bracket would not
-        be zero."""
-        module.lora_offset_A = _Frozen(adapter_name, a0)
-        module.lora_offset_B = _Frozen(adapter_name, b0)
-        module.lora_A[adapter_name].weight.data.copy_(a0)
-        module.lora_B[adapter_name].weight.data.copy_(b0)
-        module.lora_variant[adapter_name] = OffsetVariant()
-
-    @staticmethod
-    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        x = module.lora_dropout[active_adapter](x)
-        trained = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
-        initial = _FrozenPath.apply(x, *_offset(module, active_adapter))
-        return result + (trained - initial) * module.scaling[active_adapter]
-
-    @staticmethod
-    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight + _change(module, active_adapter).to(orig_weight.dtype)
-
-    @staticmethod
-    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        orig_weight.data += _change(module, active_adapter).to(orig_weight.dtype)
-
-    @staticmethod
-    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight - _change(module, active_adapter).to(orig_weight.dtype)
-
-    def supports_lora_conversion(self) -> bool:
-        return False  # peft would convert s·BA; export_lora converts s·(BA − B₀A₀)
-
-
-def _offset(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """A₀ [r, in] and B₀ [out, r] as they are stored."""
-    return getattr(module.lora_offset_A, adapter), getattr(module.lora_offset_B, adapter)
-
-
-def _factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """left [out, 2r], right [2r, in] in float64 with left·right = s·(BA − B₀A₀)."""
-    a0, b0 = _offset(module, adapter)
-    a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
-    left = torch.cat([b.double(), -b0.double()], dim=1) * module.scaling[adapter]
-    return left, torch.cat([a.double(), a0.double()], dim=0)
-
-
-def _change(module: LoraLayer, adapter: str) -> Tensor:
-    """s·(BA − B₀A₀), the change of W [out, in], in float64: its two parts cancel."""
-    left, right = _factors(module, adapter)
-    return left @ right
 
 
 def get_pissa_model(
@@ -137,29 +57,36 @@ def get_pissa_model(
     device: torch.device | str | None = None,
     **lora_config: Any,
 ) -> peft.PeftModel:
-    """Wrap a dense Llama-like causal language model with PiSSA adapters that leave its weights alone.
+    """Wrap a transformers model with PiSSA adapters, so that it can still be what it was before (``teacher``).
 
-    W ≈ U_r S_r V_rᵀ and s = lora_alpha / r give A₀ = √(S_r/s)·V_rᵀ and B₀ = U_r·√(S_r/s) (2025 paper, eq. 1 and 2). The
-    layer computes W x + s·(B(A x) − B₀(A₀ x)), and only A and B (float32 unless the model is float64) are trained.
+    W ≈ U_r S_r V_rᵀ and s = lora_alpha / r give A₀ = √(S_r/s)·V_rᵀ and B₀ = U_r·√(S_r/s) (2025 paper, eq. 1 and 2),
+    rounded to W's type. The layer computes W x + s·(B(A x) − B₀(A₀ x)) in the form "offset", and W_res x + s·B(A x) in
+    the form "residual", where W becomes W_res = W − s·B₀A₀, computed in float64 and rounded once. Only A and B (float32
+    unless the model is float64) are trained, and ``modules_to_save``.
 
     Layers of the same shape, type, device and rank are decomposed together, batch by batch; ‖W − s·B₀A₀‖ is within 1e-3
     of the least that rank r allows (measured: small Llamas, random weights without decay). Nothing is left to chance:
     the same call gives the same bits on the same machine, another ``batch_bytes`` the same s·B₀A₀ up to rounding.
 
+    A model of the residual form lives from its adapters: what takes them away (peft's ``disable_adapter``, ``unload``,
+    another active adapter) leaves W_res alone, which is no model.
+
     Args:
         model: a transformers model in float32, bfloat16, float16 or float64; it is changed in place.
         r: the rank of the adapters, at most the smaller side of every adapted layer.
         lora_alpha: s·r, above 0.
-        target_modules: the layers to adapt, as peft takes them. None: q, k, v, o, gate, up and down projections.
-        form: "offset".
+        target_modules: the layers to adapt (nn.Linear, or transformers' Conv1D), as peft takes them. None: those of
+            attention and dense MLPs in the model's blocks; never a router, an expert or the head. A head that is named
+            is adapted; experts that are fused into 3-D parameters cannot be.
+        form: "offset", or "residual", which keeps the old weights in host memory until all are changed.
         batch_bytes: of the weights that are decomposed at a time, counted in float32 (float64 for float64 models); at
             least one weight at a time. The decomposition takes a small multiple of it.
         n_iter: None: a full decomposition of small matrices, ``functional.randomized_svd`` of the others. A number: the
             latter for all, with that many power iterations.
         device: where the weights are decomposed; only A₀ and B₀ come back from there. None: those on the CPU on the
             current CUDA device, if there is one, and others where they lie.
-        **lora_config: lora_dropout, use_rslora, task_type, exclude_modules, layers_to_transform, layers_pattern,
-            rank_pattern, alpha_pattern, as in ``peft.LoraConfig``.
+        **lora_config: lora_dropout (0 in the residual form), use_rslora, task_type, exclude_modules, modules_to_save,
+            layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, as in ``peft.LoraConfig``.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the model is then as it was.
@@ -169,8 +96,13 @@ def get_pissa_model(
     check_whole("r", r)
     if not (isinstance(lora_alpha, (int, float)) and math.isfinite(lora_alpha) and lora_alpha > 0):
         raise ValueError(f"lora_alpha: expected a finite number above 0, found {lora_alpha!r}")
-    if form != "offset":
-        raise ValueError(f"form: expected 'offset', found {form!r}")
+    if form not in VARIANTS:
+        raise ValueError(f"form: expected 'offset' or 'residual', found {form!r}")
+    if form == "residual" and lora_config.get("lora_dropout"):
+        raise ValueError(
+            f"lora_dropout: expected 0 with form='residual', found {lora_config['lora_dropout']!r}; the adapters hold "
+            "the principal part of the weights, which dropout would take away"
+        )
     check_whole("batch_bytes", batch_bytes)
     if n_iter is not None:
         check_whole("n_iter", n_iter)
@@ -179,7 +111,9 @@ def get_pissa_model(
     if unknown:
         raise ValueError(f"lora_config: {', '.join(unknown)} cannot be used here; allowed: {', '.join(_LORA_OPTIONS)}")
     if target_modules is None:
-        target_modules = _default_targets(model)
+        target_modules = default_targets(model)
+    else:
+        target_modules = checked_targets(model, target_modules, lora_config.get("exclude_modules"))
     if getattr(model, "can_generate", bool)():
         lora_config.setdefault("task_type", "CAUSAL_LM")
 
@@ -188,16 +122,25 @@ def get_pissa_model(
         r=r, lora_alpha=lora_alpha, target_modules=target_modules, init_lora_weights=False, **lora_config
     )
     try:
-        wrapped = peft.get_peft_model(model, config)
-        layers = [(name, m) for name, m in wrapped.named_modules() if isinstance(m, LoraLayer)]
-        for name, layer in layers:
+        with warnings.catch_warnings():
+            # peft says of every Conv1D, and of every nn.Linear after one, that it sets fan_in_fan_out right.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            wrapped = peft.get_peft_model(model, config)
+        layers = {name: m for name, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
+        for name, layer in layers.items():
             _check_layer(name, layer)
-        _initialize(layers, batch_bytes, n_iter, device)
+        if form == "residual":
+            _check_unshared(model, layers)
+        _initialize(list(layers.values()), form, batch_bytes, n_iter, device)
+        if form == "residual":
+            subtract(tqdm(layers.values(), desc="PiSSA: subtracting from the weights", disable=None, leave=False))
     except BaseException:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, BaseTunerLayer):
                     setattr(parent, name, child.get_base_layer())
+                elif isinstance(child, AuxiliaryTrainingWrapper):
+                    setattr(parent, name, child.original_module)
         for p, was in trainable:
             p.requires_grad_(was)
         if hasattr(model, "peft_config"):
@@ -207,18 +150,17 @@ def get_pissa_model(
 
 
 def _initialize(
-    layers: list[tuple[str, LoraLayer]], batch_bytes: int, n_iter: int | None, device: torch.device | None
+    layers: list[LoraLayer], form: str, batch_bytes: int, n_iter: int | None, device: torch.device | None
 ) -> None:
-    adapted = [layer for _, layer in layers]
-    weights = [layer.get_base_layer().weight.detach() for layer in adapted]
-    ranks, scalings = [layer.r[_ADAPTER] for layer in adapted], [layer.scaling[_ADAPTER] for layer in adapted]
+    weights = [pretrained_weight(layer, ADAPTER) for layer in layers]
+    ranks, scalings = [layer.r[ADAPTER] for layer in layers], [layer.scaling[ADAPTER] for layer in layers]
     with tqdm(total=len(layers), desc="PiSSA: decomposing the weights", disable=None, leave=False) as bar:
         for batch in principal.batches(weights, ranks, batch_bytes):
             found = principal.factors(
                 [weights[i] for i in batch], ranks[batch[0]], [scalings[i] for i in batch], n_iter, device
             )
             for i, (b0, a0) in zip(batch, found, strict=True):
-                OffsetVariant.init(adapted[i], _ADAPTER, a0=a0, b0=b0)
+                VARIANTS[form].init(layers[i], ADAPTER, a0=a0, b0=b0)
             bar.update(len(batch))
 
 
@@ -235,28 +177,25 @@ def _device(device: torch.device | str | None) -> torch.device | None:
     return found
 
 
-def _default_targets(model: nn.Module) -> list[str]:
-    found = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    targets = [name for name in _PROJECTIONS if name in found]
-    if not targets:
-        raise ValueError(
-            f"target_modules: None stands for {', '.join(_PROJECTIONS)}, and this model has none of them; "
-            f"name its layers, of {', '.join(sorted(found)) or 'which it has none'}"
-        )
-    return targets
-
-
 def _check_layer(name: str, layer: LoraLayer) -> None:
-    base, r = layer.get_base_layer(), layer.r[_ADAPTER]
-    if not (isinstance(layer, LoraLinear) and isinstance(base, nn.Linear)):
-        raise ValueError(f"target_modules: expected nn.Linear layers, found {type(base).__name__} at {name}")
+    if isinstance(layer, ParamWrapper):  # peft has rewritten the name of a linear layer
+        found = f"{name}.{layer.parameter_name}"
+        raise fused_error(layer.parameter_name, {found: getattr(layer.get_base_layer(), layer.parameter_name)})
+    base, r = layer.get_base_layer(), layer.r[ADAPTER]
+    if not (isinstance(layer, LoraLinear) and isinstance(base, LINEAR)):
+        raise ValueError(f"target_modules: expected linear layers, found {type(base).__name__} at {name}")
     if not base.weight.is_floating_point() or base.weight.dtype.itemsize < 2:
         raise ValueError(f"model: expected floating-point weights, found {base.weight.dtype} at {name}")
     if base.weight.device.type == "meta":
+        if hasattr(base, "_hf_hook"):
+            raise ValueError(
+                f"model: expected weights in memory, found {name} offloaded by accelerate; load the model without a "
+                "device_map, or with one that offloads no adapted layer"
+            )
         raise ValueError(f"model: expected weights in memory, found the meta device at {name}")
-    if not (math.isfinite(layer.scaling[_ADAPTER]) and layer.scaling[_ADAPTER] > 0):
+    if not (math.isfinite(layer.scaling[ADAPTER]) and layer.scaling[ADAPTER] > 0):
         raise ValueError(
-            f"lora_alpha, alpha_pattern: expected a scaling above 0, found {layer.scaling[_ADAPTER]} at {name}"
+            f"lora_alpha, alpha_pattern: expected a scaling above 0, found {layer.scaling[ADAPTER]} at {name}"
         )
     if r > min(base.weight.shape):
         raise ValueError(f"r: expected at most {min(base.weight.shape)}, the smaller side of {name}, found {r}")
@@ -265,9 +204,26 @@ def _check_layer(name: str, layer: LoraLayer) -> None:
         raise ValueError(f"model: expected finite weights, found NaN or an infinity at {name}")
 
 
+def _check_unshared(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
+    """W_res in place of a weight that another module computes with would change that module too."""
+    adapted = {id(layer.get_base_layer().weight): name for name, layer in layers.items()}
+    users: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(p), []).append(name.replace(".base_layer", ""))
+    for key, name in adapted.items():
+        if len(users[key]) > 1:
+            raise ValueError(
+                f"form: 'residual' changes the weight of {name}, which is shared by {' and '.join(users[key])}; "
+                "leave it out of target_modules, or use form='offset'"
+            )
+
+
 @contextmanager
 def teacher(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is the pre-trained one, exactly: adapters off, evaluation mode (no dropout).
+    """Within the block the model is the pre-trained one: adapters off, evaluation mode (no dropout).
+
+    A layer of the residual form computes with its frozen factors instead, W_res x + s·B₀(A₀ x): W up to one rounding of
+    W_res, and the same bits as the student's before training. All else is the pre-trained model exactly.
 
     Unlike peft's ``disable_adapter`` it never touches ``requires_grad``. On leaving, every flag is as it was, also
     after an error. Leave the block before the backward: gradient checkpointing recomputes with whatever is active then.
@@ -279,19 +235,91 @@ def teacher(model: nn.Module) -> Iterator[None]:
     switched = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     if any(getattr(m, "merged", False) for m in switched):
         raise ValueError("model: the adapters are merged into the weights; call unmerge_adapter() first")
+    residual = [m for m in switched if form_of(m) == "residual"]
     disabled = [m._disable_adapters for m in switched]
+    selected = [(m.initial_selected, m._active_adapter) for m in residual]
     in_training = [m for m in model.modules() if m.training]
     try:
         for m in switched:
             m._disable_adapters = True
+        for m in residual:
+            m._disable_adapters, m.initial_selected, m._active_adapter = False, True, [ADAPTER]
         for m in in_training:
             m.training = False
         yield
     finally:
         for m, was in zip(switched, disabled, strict=True):
             m._disable_adapters = was
+        for m, (initial, active) in zip(residual, selected, strict=True):
+            m.initial_selected, m._active_adapter = initial, active
         for m in in_training:
             m.training = True
+
+
+@dataclass(frozen=True)
+class PrincipalError:
+    """How near one layer's s·B₀A₀ is to its W. Both errors are relative to ‖W‖_F."""
+
+    name: str
+    shape: tuple[int, int]  # of W, [out, in]
+    rank: int
+    error: float  # ‖W − s·B₀A₀‖
+    least: float  # the least of that rank, √(Σ_{i>r} σ_i²)
+
+
+@dataclass(frozen=True)
+class PrincipalErrors:
+    """The errors of the measured layers, and of how many layers they are."""
+
+    layers: list[PrincipalError]
+    of: int
+
+    @property
+    def summary(self) -> str:
+        """One line: what the adapters hold of the weights, and how far the worst layer is from the best of its rank."""
+        held = [(1 - layer.error**2) ** 0.5 if layer.error < 1 else 0.0 for layer in self.layers]
+        text = f"PiSSA: the adapters hold {min(held):.0%} to {max(held):.0%} of ‖W‖; error at most "
+        # Below 1e-6 the rounding of the factors is all there is, and the least is not known from 0.
+        ratios = [layer.error / layer.least for layer in self.layers if layer.least > 1e-6]
+        text += (
+            f"{max(ratios):.4f} × the least of rank r" if ratios else f"{max(x.error for x in self.layers):.1e} of ‖W‖"
+        )
+        return f"{text} ({len(self.layers)} of {self.of} layers measured)"
+
+
+def principal_errors(
+    peft_model: nn.Module, *, all_layers: bool = False, device: torch.device | str | None = None
+) -> PrincipalErrors:
+    """‖W − s·B₀A₀‖_F of the adapters' start against the least that their rank allows, in either form, at any time.
+
+    In the residual form W is W_res + s·B₀A₀, up to its rounding.
+
+    Args:
+        peft_model: from ``get_pissa_model``.
+        all_layers: False: the first layer of each shape and rank. A layer of 4096 x 4096 takes 6 s on one core
+            of a CPU and 0.3 GB (``principal.errors``).
+        device: where to compute, as in ``get_pissa_model``.
+
+    Raises:
+        ValueError: there are no PiSSA adapters, or they are merged into the weights.
+    """
+    layers = {name: m for name, m in peft_model.named_modules() if form_of(m)}
+    if not layers:
+        raise ValueError("peft_model: expected PiSSA adapters of get_pissa_model, found none")
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("peft_model: the adapters are merged into the weights; call unmerge_adapter() first")
+    place = _device(device)
+    chosen: dict[object, str] = {}
+    for name, layer in layers.items():
+        key = (layer.out_features, layer.in_features, layer.r[ADAPTER])
+        chosen.setdefault(name if all_layers else key, name)
+    found = []
+    for name in tqdm(chosen.values(), desc="PiSSA: measuring the adapters", disable=None, leave=False):
+        layer = layers[name]
+        weight, (a0, b0) = pretrained_weight(layer, ADAPTER), frozen(layer, ADAPTER)
+        error, least = principal.errors(weight, b0, a0, initial_scaling(layer, ADAPTER), place)
+        found.append(PrincipalError(name, (weight.shape[0], weight.shape[1]), len(a0), error, least))
+    return PrincipalErrors(found, len(layers))
 
 
 def export_lora(peft_model: peft.PeftModel, directory: str | Path) -> None:
@@ -299,30 +327,34 @@ def export_lora(peft_model: peft.PeftModel, directory: str | Path) -> None:
 
     s·(BA − B₀A₀) has rank 2r at most. It is refactored in float64 into balanced factors B'A' of rank 2r (alpha = 2r),
     so that the two parts do not have to cancel again in whatever type the LoRA is loaded in. A model with ordinary LoRA
-    adapters is saved as it is.
+    adapters is saved as it is. ``modules_to_save`` go with it, in full.
 
     Files: ``adapter_config.json`` and ``adapter_model.safetensors``. The exported model equals the trained one within
-    the rounding of its type.
+    the rounding of its type; in the residual form, that of W_res comes on top.
     """
     if not isinstance(peft_model, peft.PeftModel):
         raise TypeError(f"peft_model: expected a peft.PeftModel, found {type(peft_model).__name__}")
     directory = Path(directory)
-    layers = {name: m for name, m in peft_model.named_modules() if hasattr(m, "lora_offset_A")}
+    layers = {name: m for name, m in peft_model.named_modules() if form_of(m)}
     if not layers:
         peft_model.save_pretrained(directory)
         return
-    if peft_model.active_adapters != [_ADAPTER]:
+    if peft_model.active_adapters != [ADAPTER]:
         raise ValueError(
-            f"peft_model: expected {_ADAPTER!r}, which balora made, to be the active adapter; "
+            f"peft_model: expected {ADAPTER!r}, which balora made, to be the active adapter; "
             f"found {peft_model.active_adapters}"
         )
     tensors = {}
     for name, layer in layers.items():
-        a, b = _balanced(*_factors(layer, _ADAPTER))
-        dtype = layer.lora_A[_ADAPTER].weight.dtype
+        a, b = _balanced(*factors(layer, ADAPTER))
+        dtype = layer.lora_A[ADAPTER].weight.dtype
         tensors[f"{name}.lora_A.weight"] = a.to(dtype).cpu().contiguous()
         tensors[f"{name}.lora_B.weight"] = b.to(dtype).cpu().contiguous()
-    fields = peft_model.peft_config[_ADAPTER].to_dict()
+    for name, m in peft_model.named_modules():
+        if isinstance(m, ModulesToSaveWrapper):
+            for key, tensor in m.modules_to_save[ADAPTER].state_dict().items():
+                tensors[f"{name}.{key}"] = tensor.cpu().clone()
+    fields = peft_model.peft_config[ADAPTER].to_dict()
     ranks = {pattern: 2 * rank for pattern, rank in (fields["rank_pattern"] or {}).items()}
     fields.update(
         r=2 * fields["r"],

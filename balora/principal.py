@@ -19,6 +19,8 @@ from .functional import randomized_svd
 _ITERATIONS = 10
 # Where the sketch is wider than this part of the smaller side, a full decomposition takes about as long on a CPU.
 _SKETCH_SHARE = 1 / 4
+# Rows of a weight that are in float64 at a time.
+_ROWS = 4096
 
 
 def _oversample(rank: int) -> int:
@@ -61,9 +63,7 @@ def factors(
         device: where they are decomposed. None: on a CUDA device if there is one, else where they lie.
     """
     first = weights[0]
-    if device is None:
-        device = torch.device("cuda") if first.is_cpu and torch.cuda.is_available() else first.device
-    stack = _stacked(weights, device)
+    stack = _stacked(weights, _place(first, device))
     if n_iter is None and rank + _oversample(rank) > _SKETCH_SHARE * min(first.shape):
         u, s, vh = torch.linalg.svd(stack.to(_arithmetic(stack.dtype)), full_matrices=False)
     else:
@@ -77,6 +77,45 @@ def factors(
         b0, a0 = (t.to(first.dtype).to(first.device).contiguous() for t in pair)
         found.append((b0, a0))
     return found
+
+
+@torch.no_grad()
+def errors(
+    weight: Tensor, b0: Tensor, a0: Tensor, scaling: float, device: torch.device | None = None
+) -> tuple[float, float]:
+    """(‖W − s·B₀A₀‖_F, the least of rank r, √(Σ_{i>r} σ_i²)), both relative to ‖W‖_F; zeros for a zero matrix.
+
+    In float64: the σ² are the eigenvalues of the Gram matrix of W's smaller side, so a least error below 1e-7 is not
+    told from 0. With n ≤ m the sides of W, that costs 2·m·n² + O(n³) operations and 16·n² bytes: 4096 x 4096 takes
+    6 s on one core of a CPU.
+
+    Args:
+        weight: W [m, n], of any floating-point type.
+        b0, a0: [m, r] and [r, n].
+        scaling: s.
+        device: where to compute. None: on a CUDA device if there is one, else where the weight lies.
+    """
+    device = _place(weight, device)
+    left, right, rank = b0.to(device).double() * scaling, a0.to(device).double(), len(a0)
+    if len(weight) < weight.shape[1]:
+        weight, left, right = weight.T, right.T, left.T
+    gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=device)
+    error = torch.zeros((), dtype=torch.float64, device=device)
+    for rows, start in zip(weight.split(_ROWS), left.split(_ROWS), strict=True):
+        rows = rows.to(device).double()
+        gram.addmm_(rows.T, rows)
+        error += (rows - start @ right).square().sum()
+    energy = gram.trace().item()  # ‖W‖²
+    if energy == 0:
+        return 0.0, 0.0
+    least = torch.linalg.eigvalsh(gram)[: len(gram) - rank].clamp_min(0).sum()
+    return (error.item() / energy) ** 0.5, (least.item() / energy) ** 0.5
+
+
+def _place(weight: Tensor, device: torch.device | None) -> torch.device:
+    if device is not None:
+        return device
+    return torch.device("cuda") if weight.is_cpu and torch.cuda.is_available() else weight.device
 
 
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:

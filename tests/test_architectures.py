@@ -396,3 +396,39 @@ def test_an_adapter_that_is_switched_off_or_added_on_the_head_is_seen():
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="its head has the adapters .*, which was not so when it was attached"):
         model(**batch())
+
+
+@pytest.mark.parametrize("form", ["offset", "residual"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_pissa_adapters_of_both_forms(name, form):
+    model = pissa(name, form)
+    model.train()
+    inputs = batch()
+    model(**inputs)
+    assert model.balora_last.consistency == 0  # the same bits
+    move(model)
+    assert_plain(model, inputs)
+
+
+@pytest.mark.parametrize("form", ["offset", "residual"])
+@pytest.mark.parametrize("name", ["granite", "phi"])
+def test_a_pissa_adapter_on_the_head(name, form):
+    model = pissa(name, form, target_modules=["q_proj", "lm_head"])
+    inputs = batch()
+    model(**inputs)
+    assert model.balora_last.consistency.abs() < 1e-25
+    move(model)
+    assert_plain(model, inputs)
+
+
+def pissa(name, form, **options):
+    return attach(balora.get_pissa_model(tiny(name, torch.float64), r=4, lora_alpha=2, form=form, **options))
+
+
+def move(model):
+    """Away from the start."""
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=g, dtype=parameter.dtype)

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import re
 
 import peft
 import pytest
@@ -10,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import balora
 from balora import pissa, principal
-from balora.pissa import OffsetVariant
+from balora.adapters import FROZEN, OffsetVariant
+from balora.pissa import principal_errors
 
 from .conftest import batch, tiny_llama, train_a_little
 from .test_principal import record
@@ -375,7 +377,7 @@ BAD = {
     "no such device": (dict(r=2, device="cuda:99"), ValueError, "device: expected a device that torch has here"),
     "device type": (dict(r=2, device=1.5), ValueError, "device: expected a device that torch has here, found 1.5"),
     "meta": (dict(r=2, device="meta"), ValueError, "device: expected a device with memory, found 'meta'"),
-    "form": (dict(r=2, form="residual"), ValueError, "form: expected 'offset', found 'residual'"),
+    "form": (dict(r=2, form="dense"), ValueError, "form: expected 'offset' or 'residual', found 'dense'"),
     "option": (dict(r=2, use_dora=True), ValueError, "lora_config: use_dora cannot be used here"),
     "no such layer": (dict(r=2, target_modules=["query"]), ValueError, "query"),
     "half way": (dict(r=2, target_modules=["q_proj", "input_layernorm"]), ValueError, "RMSNorm"),
@@ -388,7 +390,7 @@ BAD = {
     "not linear": (
         dict(r=2, target_modules=["embed_tokens"]),
         ValueError,
-        "target_modules: expected nn.Linear.*Embedding",
+        "target_modules: expected linear layers.*Embedding",
     ),
 }
 
@@ -411,7 +413,7 @@ def test_a_model_that_has_adapters_or_no_known_layer_is_refused():
     model, *_ = make()
     with pytest.raises(ValueError, match="model: expected a model without adapters"):
         balora.get_pissa_model(model, r=2)
-    with pytest.raises(ValueError, match=r"target_modules: None stands for q_proj.*name its layers, of 0"):
+    with pytest.raises(ValueError, match=r"target_modules: None stands for the linear layers.*name its layers, of 0"):
         balora.get_pissa_model(torch.nn.Sequential(torch.nn.Linear(3, 3)), r=2)
     with pytest.raises(TypeError, match="peft_model: expected a peft.PeftModel, found LlamaForCausalLM"):
         balora.export_lora(tiny_llama(), "nowhere")
@@ -422,3 +424,48 @@ def test_meta_weights_are_refused():
         base = tiny_llama()
     with pytest.raises(ValueError, match="found the meta device"):
         balora.get_pissa_model(base, r=2)
+
+
+@pytest.mark.parametrize("form", ["offset", "residual"])
+def test_principal_errors_are_those_of_the_pretrained_weights(form):
+    base = tiny_llama(dtype=torch.float64)
+    weights = {n: p.detach().clone() for n, p in base.named_parameters()}
+    options = dict(rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 3}, n_iter=1)
+    model = balora.get_pissa_model(base, r=4, form=form, **options)
+    train_a_little(model)
+    found = principal_errors(model, all_layers=True)
+    assert len(found.layers) == found.of == 14
+    for layer in found.layers:
+        w = weights[layer.name.removeprefix("base_model.model.") + ".weight"]
+        pissa_layer = model.get_submodule(layer.name)
+        a0, b0 = (pissa_layer.get_submodule(name).default for name in FROZEN[form])
+        assert (layer.shape, layer.rank) == (tuple(w.shape), 2 if "q_proj" in layer.name else 4)
+        error = (w - pissa_layer.scaling["default"] * b0 @ a0).norm() / w.norm()
+        assert layer.error == pytest.approx(error.item(), rel=1e-9)
+        least = torch.linalg.svdvals(w)[layer.rank :].norm() / w.norm()
+        assert layer.least == pytest.approx(least.item(), rel=1e-9)
+    first = principal_errors(model)
+    assert [x.name.removeprefix("base_model.model.model.layers.0.") for x in first.layers] == [
+        *(f"self_attn.{x}_proj" for x in "qko"),  # v_proj is like k_proj, up_proj like gate_proj
+        *("mlp.gate_proj", "mlp.down_proj"),
+    ]
+    assert all(x in found.layers for x in first.layers)
+    held = [(1 - x.error**2) ** 0.5 for x in first.layers]
+    assert first.summary == (
+        f"PiSSA: the adapters hold {min(held):.0%} to {max(held):.0%} of ‖W‖; error at most "
+        f"{max(x.error / x.least for x in first.layers):.4f} × the least of rank r (5 of 14 layers measured)"
+    )
+
+
+def test_principal_errors_of_a_full_rank_and_of_models_without():
+    model = balora.get_pissa_model(tiny_llama(), r=16, target_modules=["k_proj"])
+    summary = principal_errors(model, device="cpu").summary
+    assert re.fullmatch(
+        r"PiSSA: the adapters hold 100% to 100% of ‖W‖; error at most \d.\de-0[6-8] of ‖W‖ \(1 of 2 layers measured\)",
+        summary,
+    )
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="peft_model: the adapters are merged"):
+        principal_errors(model)
+    with pytest.raises(ValueError, match="peft_model: expected PiSSA adapters of get_pissa_model, found none"):
+        principal_errors(tiny_llama())

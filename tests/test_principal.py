@@ -140,3 +140,28 @@ def test_weights_without_decay():
     g = torch.Generator().manual_seed(0)
     w = torch.randn(700, 500, generator=g) / 25
     assert excess(w, *principal.factors([w], 32, [1.0], 10)[0]) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("m", "n"), [(40, 24), (24, 40), (24, 24)])
+def test_errors_are_those_of_the_singular_values(m, n, dtype, monkeypatch):
+    monkeypatch.setattr(principal, "_ROWS", 7)  # W is read in parts
+    w = weights(1, m, n, dtype)[0]
+    b0, a0 = principal.factors([w], 5, [0.5])[0]
+    b0 = 1.1 * b0  # away from the least
+    error, least = principal.errors(w, b0, a0, 0.5)
+    w = w.double()
+    assert error == pytest.approx(((w - 0.5 * b0.double() @ a0.double()).norm() / w.norm()).item(), rel=1e-12)
+    assert least == pytest.approx((torch.linalg.svdvals(w)[5:].norm() / w.norm()).item(), rel=1e-12)
+    assert error > 1.01 * least
+
+
+def test_errors_of_weights_that_a_rank_can_hold():
+    g = torch.Generator().manual_seed(0)
+    b0, a0 = torch.randn(30, 3, generator=g).double(), torch.randn(3, 20, generator=g).double()
+    error, least = principal.errors(2 * b0 @ a0, b0, a0, 2.0)
+    assert error < 1e-15
+    assert least < 1e-7
+    assert principal.errors(torch.zeros(4, 3), torch.zeros(4, 1), torch.zeros(1, 3), 1.0) == (0, 0)
+    error, least = principal.errors(torch.eye(4), torch.zeros(4, 4), torch.zeros(4, 4), 1.0)
+    assert (error, least) == (1, 0)

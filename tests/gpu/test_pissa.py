@@ -66,3 +66,35 @@ def test_the_error_is_near_the_least(m, n, dtype):
         assert b0.device.type == a0.device.type == "cpu"
         s = (b0.double() * (w.double() @ a0.double().T)).sum() / (b0.double() @ a0.double()).square().sum()
         assert -1e-6 < test_principal.excess(w, b0, a0, s) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_residual_form_on_the_device(dtype, tmp_path):
+    base = tiny_llama(dtype=dtype).cuda()
+    inputs = {name: t.cuda() for name, t in batch().items() if name != "labels"}
+    with torch.no_grad():
+        before = base(**inputs).logits
+        model = balora.get_pissa_model(base, r=4, lora_alpha=8, form="residual")
+        start = model(**inputs).logits
+        assert (start - before).abs().max() <= 64 * torch.finfo(dtype).eps * before.abs().max()
+        with balora.teacher(model):
+            assert torch.equal(model(**inputs).logits, start)
+    assert all(t.is_cuda for t in model.state_dict().values())
+    train_a_little(model, device="cuda")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad(), balora.teacher(model):
+        assert torch.equal(model(**inputs).logits, start)
+    again = balora.get_pissa_model(tiny_llama(dtype=dtype).cuda(), r=4, lora_alpha=8, form="residual", n_iter=1)
+    again.load_adapter(tmp_path, "default")
+    with torch.no_grad():
+        trained = model.eval()(**inputs).logits
+        error = (again.eval()(**inputs).logits - trained).abs().max()
+    assert error <= 64 * torch.finfo(dtype).eps * trained.abs().max()
+
+
+def test_errors_are_measured_on_the_device():
+    w = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    b0, a0 = principal.factors([w], 8, [1.0], device=torch.device("cpu"))[0]
+    found = principal.errors(w, b0, a0, 1.0)
+    assert found == pytest.approx(principal.errors(w, b0, a0, 1.0, torch.device("cpu")), rel=1e-9)
+    assert found == principal.errors(w.cuda(), b0.cuda(), a0.cuda(), 1.0)

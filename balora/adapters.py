@@ -1,0 +1,249 @@
+"""The two forms of a PiSSA layer, as variants of peft's LoRA layer.
+
+offset:   ``W x + s·(B(A x) − B₀(A₀ x))``; W is untouched, and the pre-trained layer is the one with its adapter off.
+residual: ``W_res x + s·B(A x)`` with ``W_res = W − s·B₀A₀``; the pre-trained layer is the one with A₀ and B₀ selected.
+
+A and B start at A₀ and B₀, which are frozen: buffers in the type of W. peft saves them with the adapter, because their
+names hold ``lora_`` and the adapter's name. Each form has names of its own, so that a checkpoint tells its form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from safetensors import safe_open
+from torch import Tensor, nn
+
+ADAPTER = "default"
+# form: the names of the layer's modules that hold A₀ and B₀
+FROZEN = {"offset": ("lora_offset_A", "lora_offset_B"), "residual": ("lora_initial_A", "lora_initial_B")}
+
+
+class _Frozen(nn.Module):
+    """One tensor an adapter name: a buffer, so that it is saved and moved with the layer and never trained."""
+
+    def __init__(self, adapter: str, tensor: Tensor) -> None:
+        super().__init__()
+        self.register_buffer(adapter, tensor)
+
+
+class _FrozenPath(torch.autograd.Function):
+    """B₀(A₀ x). Keeps A₀ and B₀ for the backward as they are stored; autograd would keep their float32 copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a0: Tensor, b0: Tensor) -> Tensor:
+        ctx.save_for_backward(a0, b0)
+        ctx.dtype = x.dtype
+        return F.linear(F.linear(x, a0.to(x.dtype)), b0.to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        a0, b0 = ctx.saved_tensors
+        return ((grad @ b0.to(grad.dtype)) @ a0.to(grad.dtype)).to(ctx.dtype), None, None
+
+
+class OffsetVariant(LoraVariant):
+    """``W x + s·(B(A x) − B₀(A₀ x))``: the bracket first, one dropout mask for both."""
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, *, a0: Tensor, b0: Tensor, **kwargs: Any) -> None:
+        """Start A and B, and freeze A₀ and B₀, at these factors in W's type: from other roundings the bracket would not
+        be zero."""
+        _start(module, adapter_name, "offset", a0, b0)
+        module.lora_variant[adapter_name] = OffsetVariant()
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        x = module.lora_dropout[active_adapter](x)
+        trained = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+        initial = _FrozenPath.apply(x, *frozen(module, active_adapter))
+        return result + (trained - initial) * module.scaling[active_adapter]
+
+    @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return _plus(module, orig_weight, change(module, active_adapter))
+
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data.copy_(_plus(module, orig_weight, change(module, active_adapter)))
+
+    @staticmethod
+    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return _plus(module, orig_weight, -change(module, active_adapter))
+
+    def supports_lora_conversion(self) -> bool:
+        return False  # peft would convert s·BA; export_lora converts s·(BA − B₀A₀)
+
+
+class ResidualVariant(LoraVariant):
+    """``W_res x + s·B(A x)``, or with ``module.initial_selected`` (``balora.teacher``) ``W_res x + s·B₀(A₀ x)``.
+
+    ``module.initial_scaling`` is the s that W_res was made with. ``init`` leaves the weight alone: ``subtract`` it.
+    """
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, *, a0: Tensor, b0: Tensor, **kwargs: Any) -> None:
+        """Start A and B, and freeze A₀ and B₀, at these factors in W's type."""
+        _start(module, adapter_name, "residual", a0, b0)
+        module.initial_scaling = module.scaling[adapter_name]
+        module.initial_selected = False
+        module.lora_variant[adapter_name] = ResidualVariant()
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        if module.initial_selected:
+            return result + _FrozenPath.apply(x, *frozen(module, active_adapter)) * module.initial_scaling
+        return result + module.lora_B[active_adapter](module.lora_A[active_adapter](x)) * module.scaling[active_adapter]
+
+    @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return _plus(module, orig_weight, _trained(module, active_adapter))
+
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data.copy_(_plus(module, orig_weight, _trained(module, active_adapter)))
+
+    @staticmethod
+    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return _plus(module, orig_weight, -_trained(module, active_adapter))
+
+    def supports_lora_conversion(self) -> bool:
+        return False  # peft would convert s·BA; export_lora converts s·(BA − B₀A₀)
+
+
+VARIANTS: dict[str, type[OffsetVariant] | type[ResidualVariant]] = {
+    "offset": OffsetVariant,
+    "residual": ResidualVariant,
+}
+
+
+def _start(module: LoraLayer, adapter: str, form: str, a0: Tensor, b0: Tensor) -> None:
+    for name, tensor in zip(FROZEN[form], (a0, b0), strict=True):
+        setattr(module, name, _Frozen(adapter, tensor))
+    module.lora_A[adapter].weight.data.copy_(a0)
+    module.lora_B[adapter].weight.data.copy_(b0)
+    module.register_load_state_dict_pre_hook(_before_load)
+    if form == "residual":
+        module.register_load_state_dict_post_hook(_after_load)
+
+
+def form_of(module: nn.Module) -> str | None:
+    """The form of a layer that ``get_pissa_model`` made; None for any other module."""
+    return next((form for form, names in FROZEN.items() if hasattr(module, names[0])), None)
+
+
+def frozen(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """A₀ [r, in] and B₀ [out, r] as they are stored."""
+    a0, b0 = (getattr(getattr(module, name), adapter) for name in FROZEN[str(form_of(module))])
+    return a0, b0
+
+
+def initial_scaling(module: LoraLayer, adapter: str) -> float:
+    """The s of s·B₀A₀: in the offset form, the bracket's."""
+    return module.initial_scaling if form_of(module) == "residual" else module.scaling[adapter]
+
+
+def factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """left [out, 2r], right [2r, in] in float64 with left·right = s·(BA − B₀A₀), the change of W."""
+    a0, b0 = frozen(module, adapter)
+    a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
+    left = [b.double() * module.scaling[adapter], -b0.double() * initial_scaling(module, adapter)]
+    return torch.cat(left, dim=1), torch.cat([a.double(), a0.double()], dim=0)
+
+
+def change(module: LoraLayer, adapter: str) -> Tensor:
+    """s·(BA − B₀A₀), the change of W [out, in], in float64: its two parts cancel."""
+    left, right = factors(module, adapter)
+    return left @ right
+
+
+def pretrained_weight(module: LoraLayer, adapter: str) -> Tensor:
+    """W [out, in] before it was adapted: as it is stored, or W_res + s·B₀A₀ in float64."""
+    weight = module.get_base_layer().weight.detach()
+    weight = weight.T if module.fan_in_fan_out else weight
+    if form_of(module) != "residual":
+        return weight
+    return weight.double() + _initial(module, *frozen(module, adapter)).to(weight.device)
+
+
+def _trained(module: LoraLayer, adapter: str) -> Tensor:
+    a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
+    return module.scaling[adapter] * b.double() @ a.double()
+
+
+def _initial(module: LoraLayer, a0: Tensor, b0: Tensor) -> Tensor:
+    return module.initial_scaling * b0.double() @ a0.double()
+
+
+def _plus(module: LoraLayer, weight: Tensor, update: Tensor) -> Tensor:
+    """weight + update [out, in], summed in float64 and rounded once; a Conv1D has its weight as [in, out]."""
+    update = update.T if module.fan_in_fan_out else update
+    return (weight.detach().double() + update.to(weight.device)).to(weight.dtype)
+
+
+@torch.no_grad()
+def subtract(layers: Iterable[LoraLayer]) -> None:
+    """W ← W − s·B₀A₀ in every layer of the residual form: all or, after an error, none.
+
+    The old weights wait in host memory until the last one is done, because W_res + s·B₀A₀ would round them.
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
+    try:
+        for layer in layers:
+            weight = layer.get_base_layer().weight
+            residual = _plus(layer, weight, -_initial(layer, *frozen(layer, ADAPTER)))
+            kept.append((weight, weight.to("cpu", copy=True)))
+            weight.copy_(residual)
+    except BaseException:
+        for weight, was in kept:
+            weight.copy_(was)
+        raise
+
+
+def _before_load(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Refuse the factors of another form, whose A and B mean something else; keep A₀ and B₀ for ``_after_load``."""
+    form, layer = str(form_of(module)), prefix.rstrip(".")
+    found = [saved for saved, (a0, _) in FROZEN.items() if any(key.startswith(prefix + a0) for key in state)]
+    if found not in ([], [form]):
+        raise ValueError(
+            f"checkpoint: expected PiSSA adapters of the {form} form, found the {found[0]} form at {layer}"
+        )
+    if found and f"{prefix}{FROZEN[form][0]}.{ADAPTER}" not in state:
+        raise ValueError(f"adapter_name: expected {ADAPTER!r}, the one PiSSA adapter of {layer}, found another name")
+    if not found and any(key.startswith(f"{prefix}lora_A.{ADAPTER}.") for key in state):
+        raise ValueError(f"checkpoint: expected PiSSA adapters of the {form} form, found an ordinary LoRA at {layer}")
+    # A state dict with the base weights brings the W_res of its own factors.
+    if form == "residual" and found and not any(key.startswith(f"{prefix}base_layer.") for key in state):
+        module.__dict__["_frozen_before_load"] = [t.clone() for t in frozen(module, ADAPTER)]
+
+
+@torch.no_grad()
+def _after_load(module: Any, incompatible: Any) -> None:
+    """W_res follows the loaded A₀ and B₀: another machine's SVD gives others. Equal factors change no bit."""
+    before, after = module.__dict__.pop("_frozen_before_load", None), frozen(module, ADAPTER)
+    if before is None or all(torch.equal(*pair) for pair in zip(before, after, strict=True)):
+        return
+    weight = module.get_base_layer().weight
+    weight.copy_(_plus(module, weight, _initial(module, *before) - _initial(module, *after)))
+
+
+def checkpoint_form(folder: str | Path) -> str | None:
+    """ "offset" or "residual" for a folder that a model of ``get_pissa_model`` was saved to; None for another LoRA.
+
+    Reads the names of the tensors in ``adapter_model.safetensors``, nothing else.
+
+    Raises:
+        FileNotFoundError: the folder has no such file.
+    """
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"folder: expected adapter_model.safetensors in {folder}, found none")
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+    return next((form for form, (a0, _) in FROZEN.items() if any(f".{a0}" in name for name in names)), None)
