@@ -109,12 +109,15 @@ class LinearHead:
     def replaced(
         self, weight: Tensor, bias: Tensor | None = None, lora: tuple[Tensor, Tensor, float] | None = None
     ) -> LinearHead:
-        """This head where it has these tensors, else one like it; what is known of an unchanged weight stays."""
+        """This head where it has these tensors and they are frozen, else one like it; of a frozen weight it keeps what
+        it knows. A trained tensor may have changed in ways that torch does not count."""
         ours, theirs = (h and (id(h[0]), id(h[1]), h[2]) for h in (self.lora, lora))
-        if weight is self.weight and bias is self.bias and ours == theirs:
-            return self
         other = LinearHead(weight, bias, self.softcap, self.scale, lora)
-        other._weight_gram = self._weight_gram
+        frozen = not any(t is not None and t.requires_grad for t in other.tensors)
+        if weight is self.weight and bias is self.bias and ours == theirs and frozen:
+            return self
+        if not weight.requires_grad:
+            other._weight_gram = self._weight_gram
         return other
 
     @property

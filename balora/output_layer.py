@@ -126,7 +126,8 @@ def difference(peft_model: peft.PeftModel, heads: Heads) -> str | None:
         if found.shape != logits.shape[1:]:
             return f"its logits have the shape {list(logits.shape[1:])}, its head gives {list(found.shape)}"
         error = (logits[0].to(found) - found).abs().max().item()
-        allowed = 8 * torch.finfo(hidden.dtype).eps * logits.abs().max().item() + 1e-6
+        # The model rounds its logits, their scaling and their soft-cap; float32 sums have another order.
+        allowed = max(4 * torch.finfo(hidden.dtype).eps, 1e-4) * logits.abs().max().item()
         if not error <= allowed:
             return f"its logits are not those of a linear head (difference {error:.3g}, allowed {allowed:.3g})"
     return None

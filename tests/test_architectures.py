@@ -284,9 +284,9 @@ def test_dropout_of_the_adapters_is_the_students_alone():
         torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-9, msg=name)
 
 
-def with_hook(name):
+def with_hook(name, change=lambda z: 2 * z.tanh()):
     model = tiny(name, torch.float64)
-    model.lm_head.register_forward_hook(lambda module, args, output: 2 * output.tanh())
+    model.lm_head.register_forward_hook(lambda module, args, output: change(output))
     return model
 
 
@@ -333,6 +333,7 @@ def with_a_hook_on_the_pre_trained_head():
 # What is odd about the head, and what the warning says.
 ODD = {
     "a hook": (lambda: lora(base=with_hook("llama")), "its logits are not those of a linear head"),
+    "a little": (lambda: lora(base=with_hook("llama", lambda z: 1.001 * z)), "its logits are not those of a linear"),
     "a scale that does nothing": (with_an_idle_scale, "its logits are not those of a linear head"),
     "the adapter": (with_a_hook_on_the_adapter, "its logits are not those of a linear head"),
     "the pre-trained head": (with_a_hook_on_the_pre_trained_head, "its logits are not those of a linear head"),
@@ -391,7 +392,8 @@ def test_an_adapter_that_is_switched_off_or_added_on_the_head_is_seen():
     model.base_model.disable_adapter_layers()
     model(**batch())
     assert model.balora_last.consistency.abs() < 1e-15
-    model.base_model.enable_adapter_layers()
+    torch.testing.assert_close(model.balora_last.ce.float(), model.eval()(**batch()).loss)
+    model.train().base_model.enable_adapter_layers()
     model.add_adapter("other", peft.LoraConfig(target_modules=["lm_head"]))
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="its head has the adapters .*, which was not so when it was attached"):
