@@ -51,8 +51,12 @@ def checked_targets(model: nn.Module, targets: list[str] | str, excluded: list[s
     drops what the pattern says of the layer's place. There the names of the layers take their place.
 
     Raises:
-        ValueError: they hit a router, or experts that are fused into 3-D parameters.
+        ValueError: they hit a router, or experts that are fused into 3-D parameters, or they are no valid pattern.
+        TypeError: they are neither a string nor a list of strings.
     """
+    _check_names("target_modules", targets)
+    if excluded is not None:
+        _check_names("exclude_modules", excluded)
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = "all-linear"
     modules = [(name, m) for name, m in model.named_modules() if not (excluded and named_by(excluded, name))]
@@ -107,6 +111,16 @@ def named_by(targets: Iterable[str] | str, name: str) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _check_names(argument: str, value: Any) -> None:
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{argument}: expected a regular expression, found {value!r}; {error}") from error
+    elif not (isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value)):
+        raise TypeError(f"{argument}: expected a string or a list of strings, found {value!r}")
 
 
 def _names_experts(entry: list[str] | str, parameter: str) -> bool:

@@ -380,6 +380,26 @@ BAD = {
     "form": (dict(r=2, form="dense"), ValueError, "form: expected 'offset' or 'residual', found 'dense'"),
     "option": (dict(r=2, use_dora=True), ValueError, "lora_config: use_dora cannot be used here"),
     "no such layer": (dict(r=2, target_modules=["query"]), ValueError, "query"),
+    "target type": (
+        dict(r=2, target_modules=7),
+        TypeError,
+        "target_modules: expected a string or a list of strings, found 7",
+    ),
+    "target types": (
+        dict(r=2, target_modules=["q_proj", 7]),
+        TypeError,
+        "target_modules: expected a string or a list of strings",
+    ),
+    "pattern": (
+        dict(r=2, target_modules=".*(q_proj"),
+        ValueError,
+        r"target_modules: expected a regular expression, found '.\*\(q_proj'; missing \)",
+    ),
+    "excluded pattern": (
+        dict(r=2, target_modules=["q_proj"], exclude_modules="*"),
+        ValueError,
+        "exclude_modules: expected a regular expression",
+    ),
     "half way": (dict(r=2, target_modules=["q_proj", "input_layernorm"]), ValueError, "RMSNorm"),
     "rank of a pattern": (dict(r=2, rank_pattern={"up_proj": 0}), ValueError, "r.*positive"),
     "alpha of a pattern": (
