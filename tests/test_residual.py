@@ -54,7 +54,7 @@ def test_student_and_teacher_are_the_same_bits_at_step_0_and_the_pretrained_mode
     with context():
         start = logits(model)
         assert torch.equal(in_teacher(model), start)
-    assert near(start, before, 256 * 2**-8 / torch.finfo(before.dtype).eps if mode == "autocast" else 64)
+    assert near(start, before, 4)
     assert len(residuals(model)) == 14
 
 
@@ -268,8 +268,8 @@ def test_w_res_follows_the_factors_that_are_loaded(mode, factors, tmp_path):
         other = again.get_submodule(name)
         assert torch.equal(other.lora_initial_A.default, layer.lora_initial_A.default)
         assert near(other.base_layer.weight, layer.base_layer.weight, 0 if factors == "equal" else 1.5)
-    assert near(in_teacher(again), start, 0 if factors == "equal" else 64)
-    assert near(logits(again), logits(model), 0 if factors == "equal" else 64)
+    assert near(in_teacher(again), start, 0 if factors == "equal" else 4)
+    assert near(logits(again), logits(model), 0 if factors == "equal" else 4)
 
 
 def test_a_state_dict_with_the_base_weights_is_taken_as_it_is():
@@ -346,7 +346,7 @@ def test_the_export_is_the_trained_model_within_half_a_unit_of_w_res(mode, tmp_p
         slack = 16 * torch.finfo(layer.lora_A.default.weight.dtype).eps * found.abs().max()
         assert ((exported - found).abs() <= rounding + slack).all(), name
     assert (trained - before).abs().max() > 50 * eps * trained.abs().max()
-    assert near(logits(alone), trained, 64)
+    assert near(logits(alone), trained, 8)
 
 
 class Rows(torch.utils.data.Dataset):
@@ -409,4 +409,4 @@ def test_the_real_llama_is_nearer_than_with_pefts_own_pissa(stories15m, tmp_path
     balora.export_lora(model, tmp_path)
     alone = peft.PeftModel.from_pretrained(load(), tmp_path).eval()
     assert (logits(model) - start).abs().max() > 0.5
-    assert near(logits(alone), logits(model), 16)
+    assert near(logits(alone), logits(model), 8)
