@@ -141,7 +141,7 @@ BAD = {
         [{"messages": [{"role": "assistant", "content": "x"}]}],
         "line 1, column 'messages': expected something",
     ),
-    "empty file": ([], "expected at least one row, found an empty file"),
+    "empty file": ([], "expected at least one row, found none"),
 }
 
 

@@ -57,7 +57,10 @@ MAY_IMPORT = {
     "principal": {"torch", "balora.functional"},
     "pissa": {"torch", "peft", "safetensors", "tqdm", "balora.checks", "balora.principal"},
     "modeling": {"torch", "peft", "transformers", "balora.config", "balora.functional", "balora.pissa"},
-    "data": {"datasets", "transformers", "balora.functional"},
+    "sources": {"datasets"},
+    "tokenized": {"numpy", "balora.functional"},
+    "data": {"numpy", "tqdm", "transformers", "balora.functional", "balora.sources", "balora.tokenized"},
+    "classification": {"tqdm", "balora.sources", "balora.tokenized"},
     "trainer": {"torch", "transformers", "yaml", "balora.config", "balora.data", "balora.modeling", "balora.pissa"},
     "cli": {"transformers", "yaml", "balora", "balora.config"},
 }
