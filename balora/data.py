@@ -51,6 +51,7 @@ class Rows:
 
     def __init__(self, source: sources.Source) -> None:
         self.source = source
+        self.name = source.name
 
     def __iter__(self) -> Iterator[Row]:
         columns: tuple[str, ...] | None = None

@@ -47,23 +47,27 @@ def find(source: str | Path, split: str | None = None, usual: str = "train") -> 
         ValueError: the splits, the configuration or the files do not fit, or the hub cannot be reached.
         ImportError: the package datasets is needed and missing.
     """
-    path, config = Path(source), None
+    name, config = str(source), None
+    path = Path(name)
     if path.is_file():
         if split is not None:
             raise ValueError(f"{path}: expected no split, because a single file has none; found {split!r}")
         return _file(path)
-    if not path.is_dir() and ":" in str(source):
-        base, _, config = str(source).rpartition(":")
+    base = name
+    if not path.is_dir() and ":" in name:
+        base, _, config = name.rpartition(":")
         path = Path(base)
+    if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        return _saved(name, path, config, split, usual)
     if path.is_dir():
-        return _datasets(str(source), path, config, split, usual)
+        return _loaded(name, base, config, split, usual)
     if path.suffix.lower() == ".jsonl":
         raise FileNotFoundError(f"data: expected a JSONL file, found nothing at {path}")
-    if not _HUB_NAME.fullmatch(str(path)) or path.suffix.lower() in _FILES or path.parent.is_dir():
+    if not _HUB_NAME.fullmatch(base) or path.suffix.lower() in _FILES or path.parent.is_dir():
         raise FileNotFoundError(
             f"data: expected a file, a folder, or owner/name of a data set on the hub; found nothing at {source}"
         )
-    return _datasets(str(source), str(path), config, split, usual)
+    return _loaded(name, base, config, split, usual)
 
 
 def jsonl(path: Path, expected: str = "a JSON object") -> Iterator[Record]:
@@ -77,7 +81,8 @@ def jsonl(path: Path, expected: str = "a JSON object") -> Iterator[Record]:
 def _file(path: Path) -> Source:
     suffix = path.suffix.lower()
     if suffix in (".parquet", ".arrow"):
-        return _datasets(str(path), path, None, None, "train")
+        files = {"train": str(path)}
+        return _table(str(path), _call_datasets(str(path), "load_dataset", suffix[1:], data_files=files, split="train"))
     if suffix in (".csv", ".tsv"):
         return Source(str(path), lambda: _csv(path, "\t" if suffix == ".tsv" else ","))
     if suffix != ".json":
@@ -159,8 +164,25 @@ def _csv(path: Path, delimiter: str) -> Iterator[Record]:
         csv.field_size_limit(limit)
 
 
-def _datasets(name: str, path: str | Path, config: str | None, split: str | None, usual: str) -> Source:
-    """``path`` is that of a file or a folder, or, as a str, a name on the hub."""
+def _saved(name: str, path: Path, config: str | None, split: str | None, usual: str) -> Source:
+    if config is not None:
+        raise ValueError(f"{name}: expected no configuration in a folder of save_to_disk, found {config!r}")
+    found = _call_datasets(name, "load_from_disk", str(path))
+    if isinstance(found, dict):
+        return _split(name, found, split or usual, split is not None)
+    if split is not None:
+        raise ValueError(f"{name}: expected no split, because save_to_disk wrote a single table; found {split!r}")
+    return _table(name, found)
+
+
+def _loaded(name: str, path: str, config: str | None, split: str | None, usual: str) -> Source:
+    if split is None:
+        return _split(name, _call_datasets(name, "load_dataset", path, config), usual)
+    name = f"{name}, split {split}"
+    return _table(name, _call_datasets(name, "load_dataset", path, config, split=split))
+
+
+def _call_datasets(name: str, function: str, *arguments: Any, **options: Any) -> Any:
     try:
         import datasets
     except ModuleNotFoundError as error:
@@ -168,37 +190,37 @@ def _datasets(name: str, path: str | Path, config: str | None, split: str | None
             f"data: {name} needs {error.name}, which is not installed: pip install {error.name}"
         ) from error
     try:
-        found: Any
-        if isinstance(path, Path) and path.is_file():
-            builder = "parquet" if path.suffix.lower() == ".parquet" else "arrow"
-            found = datasets.load_dataset(builder, data_files={"train": str(path)}, split="train")
-        elif isinstance(path, Path) and any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
-            if config is not None:
-                raise ValueError(f"expected no configuration in a folder of save_to_disk, found {config!r}")
-            found = datasets.load_from_disk(str(path))
-        else:
-            found = datasets.load_dataset(str(path), config, split=split)
+        return getattr(datasets, function)(*arguments, **options)
     except Exception as error:  # datasets, pyarrow and huggingface_hub raise types of their own
-        asked = name if split is None else f"{name}, split {split!r}"
-        if isinstance(path, str) and isinstance(error, (ConnectionError, FileNotFoundError)):
-            error = OSError(f"expected a file, a folder, or a data set of the hub (or of its cache); {error}")
-        raise ValueError(f"{asked}: {error}") from error
-    if isinstance(found, dict):
-        chosen = split or (next(iter(found)) if len(found) == 1 else usual)
-        if chosen not in found:
-            raise ValueError(f"{name}: expected one of the splits {', '.join(found)}; found {chosen!r}")
-        found, split = found[chosen], chosen
-    table = found.with_format(None)
-    name = name if split is None else f"{name}, split {split}"
+        hint = ""
+        if isinstance(error, OSError):
+            hint = (
+                "; expected a file, a folder of data files, or a data set of the hub that is cached or can be reached"
+            )
+        raise ValueError(f"{name}: {error}{hint}") from error
+
+
+def _split(name: str, found: dict[str, Any], wanted: str, asked: bool = False) -> Source:
+    """``asked``: the user named the split, so that another one will not do even where it is the only one."""
+    if len(found) == 1 and not asked:
+        [wanted] = found
+    if wanted not in found:
+        raise ValueError(f"{name}: expected one of the splits {', '.join(found)}; found {wanted!r}")
+    return _table(f"{name}, split {wanted}", found[wanted])
+
+
+def _table(name: str, table: Any) -> Source:
+    table = table.with_format(None)
 
     def read() -> Iterator[Record]:
         number = 0
-        for batch in table.iter(batch_size=1000):  # the table lies in a mapped file
+        for batch in table.iter(batch_size=1000):  # of a file that is mapped into memory
             for values in zip(*batch.values(), strict=True):
                 number += 1
                 yield f"{name}, row {number}", dict(zip(batch, values, strict=True))
 
-    names = {n: list(f.names) for n, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
+    # A ClassLabel is known by its names: its class is not imported here.
+    names = {n: list(f.names) for n, f in table.features.items() if hasattr(f, "names")}
     return Source(name, read, len(table), names)
 
 

@@ -164,11 +164,11 @@ def setup(
         raise ValueError(
             f"model: expected a tokenizer with a padding or end-of-text token, found neither in {run.model}"
         )
-    train_set = data.tokenize(rows, tokenizer, run.max_length, run.data)
+    train_set = data.tokenize(rows, tokenizer, run.max_length, rows.name)
     _say("train: ", train_set)
     eval_set = None
     if eval_rows:
-        eval_set = data.tokenize(eval_rows, tokenizer, run.max_length, str(run.eval_data))
+        eval_set = data.tokenize(eval_rows, tokenizer, run.max_length, eval_rows.name)
         _say("eval:  ", eval_set)
     _check_vocabulary(run.model, [train_set, *([eval_set] if eval_set else [])])
 
