@@ -217,7 +217,7 @@ def tokenize(data: Labelled, tokenizer: Any, max_length: int, source: str) -> To
 
     def encode(rows: list[LabelledText], **options: Any) -> Any:
         pairs = [row.text_pair for row in rows] if rows[0].text_pair is not None else None
-        return tokenizer([row.text for row in rows], pairs, return_token_type_ids=types, verbose=False, **options)
+        return tokenizer([row.text for row in rows], pairs, verbose=False, **options)
 
     rows = iter(bar)
     while batch := list(islice(rows, 1000)):

@@ -292,7 +292,8 @@ def _encoded(rows: Iterable[Row], tokenizer: Any, source: str) -> Iterator[tuple
             tokenizer(
                 [r.text for r in group],
                 add_special_tokens=not templated,
-                return_offsets_mapping=True,
+                return_attention_mask=False,  # the encodings have what is needed, the offsets included
+                return_token_type_ids=False,
                 verbose=False,  # it would warn of texts longer than the model takes; they are cut
             ).encodings
             for templated, group in groupby(rendered, key=lambda r: r.templated)

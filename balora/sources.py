@@ -49,6 +49,8 @@ def find(source: str | Path, split: str | None = None, usual: str = "train") -> 
     """
     name, config = str(source), None
     path = Path(name)
+    if not name:  # Path("") is the folder that one is in
+        raise FileNotFoundError("data: expected a file, a folder, or owner/name of a data set on the hub; found ''")
     if path.is_file():
         if split is not None:
             raise ValueError(f"{path}: expected no split, because a single file has none; found {split!r}")

@@ -109,14 +109,14 @@ class Tokenized:
     def warnings(self) -> list[str]:
         """What deserves a second look: hardly any token is trained on, or many rows were skipped."""
         found = []
-        share = self.trained_share()
-        if share < 0.05:
+        if "labels" in self.examples.columns and (share := self.trained_share()) < 0.05:
             found.append(
                 f"only {_percent(share)} of the tokens are trained on; the rest of each step is spent on prompts"
             )
         rows = len(self.examples) + self.skipped
         if self.skipped > rows / 10:
-            why = f": max_length={self.max_length} cuts all of their answers away" if self.answers_cut else ""
+            cut = self.answers_cut
+            why = f": of {cut:,} max_length={self.max_length} cuts the answers away" if cut else ""
             found.append(f"{self.skipped:,} of {_rows(rows)} were skipped{why}")
         return found
 

@@ -166,6 +166,7 @@ def test_token_rows(tmp_path):
     assert texts == ["abcd", "abcdhi"]  # of the longer text the end is cut
     assert [e["labels"] for e in result.examples] == [0.5, 1.5]
     assert (result.cut, result.lost) == (1, 3)
+    assert result.warnings() == []
     assert result.summary() == (
         "2 rows, 10 tokens; lengths: mean 5, median 5, 95 % up to 6, longest 6; 1 row cut to 6 tokens (3 tokens lost)"
     )

@@ -84,7 +84,7 @@ def test_rows_that_are_skipped_are_said_before_training(inputs, tmp_path, capsys
         "1 row skipped: no token of them would be trained on (of 1 the answer begins after 512 tokens; line 4)"
         in printed
     )
-    assert "train: warning: 1 of 8 rows were skipped: max_length=512 cuts all of their answers away\n" in printed
+    assert "train: warning: 1 of 8 rows were skipped: of 1 max_length=512 cuts the answers away\n" in printed
 
 
 def test_a_recipe_with_overrides_is_the_same_run_and_is_kept(inputs, tmp_path):

@@ -138,16 +138,18 @@ def test_of_turns_that_the_template_rewrites_the_last_answer_is_trained_on():
     turns = [dict(role="user", content="U"), answer]
     plain = [dict(role="user", content="U"), dict(role="assistant", content="B")]
     rows = [data.Row(messages=turns), data.Row(messages=turns + turns), data.Row(messages=plain + plain)]
+    rows += [data.Row(messages=plain + turns + turns)]
     result = data.tokenize(rows, tokenizer, 200, "rows")
     assert [trained_text(e, tokenizer) for e in result.examples] == [
         "<think>hm</think>A<|end|>",
         "<think>hm</think>A<|end|>",
         "B<|end|>B<|end|>",
+        "<think>hm</think>A<|end|>",
     ]
     expected = "<|user|>U<|end|><|assistant|>A<|end|><|user|>U<|end|><|assistant|><think>hm</think>A<|end|>"
     assert tokenizer.decode(result.examples[1]["input_ids"]) == expected
-    assert result.last_only == 1
-    assert "; 1 row trained on the last answer only: the chat template rewrites earlier ones" in result.summary()
+    assert result.last_only == 2
+    assert "; 2 rows trained on the last answer only: the chat template rewrites earlier ones" in result.summary()
 
 
 def test_a_system_message_that_the_template_leaves_out_is_named(tmp_path):
@@ -226,11 +228,13 @@ def test_a_small_share_of_trained_tokens_and_many_skipped_rows_give_warnings():
     # The first token of a row is predicted by nothing, even where it belongs to the answer.
     result = data.tokenize([data.Row(prompt="", completion="ccc")] * 2, tiny_tokenizer(), 100, "rows")
     assert result.trained_share() == 0.75
+    with pytest.raises(ValueError, match="rows: no row has a token to train on within max_length=1"):
+        data.tokenize([data.Row(prompt="", completion="ccc")], tiny_tokenizer(), 1, "rows")
     long = data.Row(prompt="p" * 100, completion="c")
     good = [data.Row(prompt="p", completion="c")]
     assert data.tokenize(good * 9 + [long], tiny_tokenizer(), 100, "rows").warnings() == []
     assert data.tokenize(good * 8 + [long], tiny_tokenizer(), 100, "rows").warnings() == [
-        "1 of 9 rows were skipped: max_length=100 cuts all of their answers away"
+        "1 of 9 rows were skipped: of 1 max_length=100 cuts the answers away"
     ]
 
 

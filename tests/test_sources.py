@@ -85,10 +85,10 @@ def test_lines_of_objects_in_a_json_file_and_an_unknown_suffix(tmp_path):
 
 
 def test_texts_of_a_csv_file_may_be_long(tmp_path):
-    limit = csv.field_size_limit()
+    usual = csv.field_size_limit(100_000)
     rows = [{"question": "q" * 200_000, "answer": "a"}]
     assert records(sources.find(write(tmp_path / "rows.csv", rows))) == rows
-    assert csv.field_size_limit() == limit
+    assert csv.field_size_limit(usual) == 100_000
 
 
 BAD = {
@@ -166,10 +166,15 @@ def test_a_folder_of_save_to_disk(tmp_path, own_cache):
     own_cache.DatasetDict(train=table(ROWS), test=table(ROWS[:1])).save_to_disk(several)
     before = sorted(tmp_path.rglob("*"))
     assert records(sources.find(one)) == records(sources.find(several)) == ROWS
+    assert type(records(sources.find(one))[0]["question"]) is str  # and not NumPy's
     assert records(sources.find(several, "test")) == records(sources.find(several, usual="test")) == ROWS[:1]
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(ValueError, match="several: expected one of the splits train, test; found 'dev'"):
         sources.find(several, "dev")
+    own_cache.DatasetDict(train=table(ROWS)).save_to_disk(tmp_path / "single")
+    assert records(sources.find(tmp_path / "single", usual="test")) == ROWS  # the only split, where none is asked for
+    with pytest.raises(ValueError, match="single: expected one of the splits train; found 'test'"):
+        sources.find(tmp_path / "single", "test")
     with pytest.raises(
         ValueError, match="one: expected no split, because save_to_disk wrote a single table; found 'dev'"
     ):
@@ -202,6 +207,8 @@ def test_the_hub_is_asked_for_names_only(tmp_path, monkeypatch, own_cache):
     for path in ["gone", "gone.parquet", "./gone/set", "../set", "/gone/set", "folder/set", "a/b/c", "own/rows.csv"]:
         with pytest.raises(FileNotFoundError, match=f"data: expected a file, a folder, or .*found nothing at {path}"):
             sources.find(path)
+    with pytest.raises(FileNotFoundError, match="data: expected a file, a folder, or .*; found ''"):
+        sources.find("")
     assert asked == []
     found = sources.find("openai/gsm8k:main", None)
     assert records(found) == ROWS
