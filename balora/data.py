@@ -1,17 +1,31 @@
-"""Instruction data in JSONL files to token tensors, the prompt masked."""
+"""Instruction data to token rows, the prompt masked. The labels of classification are in ``classification.py``."""
 
 from __future__ import annotations
 
-import json
+import operator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+from tqdm.auto import tqdm
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from . import sources
 from .functional import IGNORE_INDEX
+from .sources import check_unicode, short, text_of
+from .tokenized import Examples, Tokenized
 
-# Each pair is one prompt and the response to it; ``input`` may stand beside instruction (it is appended to it).
-_PAIRS = (("instruction", "output"), ("query", "response"), ("question", "answer"), ("prompt", "completion"))
-_EXPECTED = "; ".join(f"{a} and {b}" for a, b in _PAIRS) + "; or messages"
+_CHATS = ("messages", "conversations")
+_PROMPTS = ("instruction", "query", "question", "problem", "prompt")
+_RESPONSES = ("output", "response", "answer", "solution", "completion")
+_INPUTS = ("input", "context")  # may stand beside instruction, and are appended to it
+_EXPECTED = f"one of {', '.join(_PROMPTS)} and one of {', '.join(_RESPONSES)}; or messages or conversations"
+# ShareGPT's names of the roles.
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 Messages = list[dict[str, str]]
 
@@ -24,36 +38,58 @@ class Row:
     prompt: str = ""
     completion: str = ""
     where: str = ""  # "FILE, line N", for errors
+    given: int = 0  # so many messages are the prompt: answers among them are not trained on
 
 
-@dataclass
-class Tokenized:
-    """Token ids and labels (−100 where the token is not trained on), and what became of the rows."""
+class Rows:
+    """The rows of a source, read and checked anew each time they are gone through. The first one decides the columns.
 
-    examples: list[dict[str, list[int]]]
-    cut: int = 0  # rows cut to the maximal length
-    skipped: int = 0  # rows left out because no token of them would be trained on
+    Raises:
+        ValueError: while it is gone through: a row is bad. The message has the source, the line or the row (counted
+            from 1), the column, what was found and what was expected.
+    """
 
-    def summary(self) -> str:
-        """One line: rows, tokens, the share of them that is trained on, lengths, what was cut and skipped."""
-        lengths = [len(e["input_ids"]) for e in self.examples]
-        valid = sum(label != IGNORE_INDEX for e in self.examples for label in e["labels"][1:])
-        text = (
-            f"{len(lengths):,} rows, {sum(lengths):,} tokens, {100 * valid / sum(lengths):.0f} % of them trained on; "
-            f"mean length {sum(lengths) / len(lengths):.0f}, longest {max(lengths)}"
-        )
-        if self.cut:
-            text += f"; {self.cut:,} rows cut to {max(lengths)} tokens"
-        if self.skipped:
-            text += f"; {self.skipped:,} rows skipped: no token of them would be trained on"
-        return text
+    def __init__(self, source: sources.Source) -> None:
+        self.source = source
+        self.name = source.name
+
+    def __iter__(self) -> Iterator[Row]:
+        columns: tuple[str, ...] | None = None
+        for where, record in self.source:
+            if columns is None:
+                columns = _columns(record, where)
+            yield _row(record, columns, where)
+
+    def __length_hint__(self) -> int:
+        return self.source.total or 0
+
+
+def read(source: str | Path, split: str | None = None, usual: str = "train") -> Rows:
+    """The rows of a JSONL, JSON, CSV, TSV or Parquet file, of a folder of such files or of ``datasets.save_to_disk``,
+    or of a data set of Hugging Face's hub (``owner/name`` or ``owner/name:config``).
+
+    Their columns are one of instruction (with input or context beside it), query, question, problem, prompt, and one of
+    output, response, answer, solution, completion; or messages or conversations, each a list of ``{"role": …,
+    "content": …}`` or, as in ShareGPT, of ``{"from": …, "value": …}``. A conversation is taken before anything that
+    stands beside it. prompt and completion are joined as they stand, or are both lists of messages; every other pair is
+    a question and its answer. Of several columns that could be the prompt, or the response, none is chosen.
+
+    Args:
+        split: the part of a folder or hub data set, ``"train[:1000]"`` included. None: the one named ``usual``, or the
+            only one.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        ValueError: the split, the files or the first row do not fit. Later rows are checked as they are read.
+        ImportError: the package datasets is needed and missing.
+    """
+    rows = Rows(sources.find(source, split, usual))
+    next(iter(rows))
+    return rows
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
-    """The rows of a JSONL file with one of these column sets: instruction (and input) / output, query / response,
-    question / answer, prompt / completion, or messages (a list of ``{"role": …, "content": …}``).
-
-    The first row decides the set. Empty lines are passed over.
+    """The rows of a JSONL file, all checked; the columns are those of :func:`read`. Empty lines are passed over.
 
     Raises:
         ValueError: the file is empty, or a row is bad; the message has the file, the line, the column, what was found
@@ -63,118 +99,146 @@ def read_jsonl(path: str | Path) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"data: expected a JSONL file, found nothing at {path}")
-    rows: list[Row] = []
-    columns: tuple[str, ...] | None = None
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            where = f"{path}, line {number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: expected UTF-8 text, found the byte {raw[error.start]:#x}") from None
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: expected a JSON object, found {_short(line)} ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected a JSON object, found {_short(row)}")
-            if columns is None:
-                columns = _columns(row, where)
-            rows.append(_row(row, columns, where))
-    if not rows:
-        raise ValueError(f"{path}: expected at least one row, found an empty file")
-    return rows
+    return list(Rows(sources.Source(str(path), lambda: sources.jsonl(path))))
 
 
-def _columns(row: dict[str, Any], where: str) -> tuple[str, ...]:
-    for pair in (("messages",), *_PAIRS):
-        if all(name in row for name in pair):
-            return pair
-    raise ValueError(f"{where}: expected the columns {_EXPECTED}; found {', '.join(row) or 'no column'}")
+def _columns(record: dict[str, Any], where: str) -> tuple[str, ...]:
+    for kind in (_CHATS, _PROMPTS, _RESPONSES):
+        found = [name for name in kind if name in record]
+        if len(found) > 1:
+            raise ValueError(f"{where}: expected one column of {', '.join(kind)}; found {', '.join(found)}")
+        if kind is _CHATS and found:
+            return (found[0],)
+    prompt, response = (next((n for n in kind if n in record), None) for kind in (_PROMPTS, _RESPONSES))
+    if prompt is None or response is None:
+        raise ValueError(f"{where}: expected the columns {_EXPECTED}; found {', '.join(record) or 'no column'}")
+    return prompt, response
 
 
-def _row(row: dict[str, Any], columns: tuple[str, ...], where: str) -> Row:
+def _row(record: dict[str, Any], columns: tuple[str, ...], where: str) -> Row:
     for name in columns:
-        if name not in row:
-            raise ValueError(f"{where}: expected the column {name!r}, as in the rows before; found {', '.join(row)}")
-    if columns == ("messages",):
-        return Row(messages=_messages(row["messages"], f"{where}, column 'messages'"), where=where)
-    prompt, response = (_text(row[name], f"{where}, column {name!r}") for name in columns)
+        if name not in record:
+            raise ValueError(f"{where}: expected the column {name!r}, as in the rows before; found {', '.join(record)}")
+    if len(columns) == 1:
+        column = f"{where}, column {columns[0]!r}"
+        messages = _messages(record[columns[0]], column)
+        _check_answer(messages, column)
+        _check_question(messages, column)
+        return Row(messages=messages, where=where)
+    if columns == ("prompt", "completion") and any(isinstance(record[name], list) for name in columns):
+        given, answer = (_messages(record[name], f"{where}, column {name!r}") for name in columns)
+        _check_question(given, f"{where}, column 'prompt'")
+        _check_answer(answer, f"{where}, column 'completion'")
+        return Row(messages=given + answer, where=where, given=len(given))
+    prompt, response = (text_of(record[name], f"{where}, column {name!r}") for name in columns)
     if columns == ("prompt", "completion"):
         return Row(prompt=prompt, completion=response, where=where)
-    if columns[0] == "instruction" and row.get("input") not in (None, ""):
-        prompt += "\n\n" + _text(row["input"], f"{where}, column 'input'")
+    for name in _INPUTS if columns[0] == "instruction" else ():
+        if record.get(name) not in (None, ""):
+            prompt += "\n\n" + text_of(record[name], f"{where}, column {name!r}")
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     return Row(messages=messages, where=where)
 
 
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: expected a text that is not empty, found {_short(value)}")
-    _check_unicode(value, where)
-    return value
-
-
-def _check_unicode(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: expected Unicode text, found half a surrogate pair, {text[error.start]!r}"
-        ) from None
-
-
 def _messages(value: Any, where: str) -> Messages:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{where}: expected a list of messages that is not empty, found {_short(value)}")
+        raise ValueError(f"{where}: expected a list of messages that is not empty, found {short(value)}")
+    messages = []
     for i, message in enumerate(value):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f"{where}: expected texts 'role' and 'content' in message {i}, found {_short(message)}")
-        _check_unicode(message["role"] + message["content"], f"{where}, message {i}")
-    if not any(m["role"] == "assistant" for m in value):
+        keys = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in keys):
+            raise ValueError(
+                f"{where}: expected texts {keys[0]!r} and {keys[1]!r} in message {i}, found {short(message)}"
+            )
+        role, content = (message[k] for k in keys)
+        if keys[0] == "from" and role not in _ROLES:
+            raise ValueError(f"{where}: expected one of {', '.join(_ROLES)} in message {i}, found {short(role)}")
+        check_unicode(role + content, f"{where}, message {i}")
+        messages.append({"role": role if keys[0] == "role" else _ROLES[role], "content": content})
+    return messages
+
+
+def _check_answer(messages: Messages, where: str) -> None:
+    if not any(m["role"] == "assistant" for m in messages):
         raise ValueError(
-            f"{where}: expected a message of the role 'assistant', found {sorted({m['role'] for m in value})}"
+            f"{where}: expected a message of the role 'assistant', found {sorted({m['role'] for m in messages})}"
         )
-    if value[0]["role"] == "assistant":
+
+
+def _check_question(messages: Messages, where: str) -> None:
+    if messages[0]["role"] == "assistant":
         raise ValueError(f"{where}: expected something before the first message of the assistant, found nothing")
-    return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
-def render(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]], bool]:
-    """The text of a row, the spans of characters that are trained on, and whether a chat template wrote it.
+class Rendered(NamedTuple):
+    """The text of a row, and which of its characters are trained on."""
 
-    Conversations take the tokenizer's chat template; every assistant turn is trained on. Without a template a single
-    question and answer become ``### Instruction: … ### Response: …``. prompt / completion are joined as they stand.
+    text: str
+    spans: list[tuple[int, int]]
+    templated: bool  # a chat template wrote it
+    last_only: bool = False  # of several answers only the last is trained on
+
+
+def render(row: Row, tokenizer: Any) -> Rendered:
+    """A row as the text that the model sees.
+
+    Conversations take the tokenizer's chat template, up to the last answer. What its ``{% generation %}`` blocks hold
+    is trained on; in a template without them every assistant turn is, with what ends it, or only the last one where the
+    template writes earlier turns in another way than when they were asked for (without their reasoning). Without a
+    template a single question and answer become ``### Instruction: … ### Response: …``. prompt / completion are joined
+    as they stand.
+
+    Raises:
+        ValueError: the template leaves out a system message, or does not begin an answer as it asks for one; or there
+            is no template and the conversation is not one question and its answer. Templates raise errors of their own.
     """
     if row.messages is None:
-        return row.prompt + row.completion, [(len(row.prompt), len(row.prompt) + len(row.completion))], False
-    if tokenizer.chat_template is None:
-        if [m["role"] for m in row.messages] != ["user", "assistant"]:
-            raise ValueError(
-                "expected one user and one assistant message, because the tokenizer has no chat template; found "
-                + ", ".join(m["role"] for m in row.messages)
-            )
-        prompt = instruction_prompt(row.messages[0]["content"], tokenizer)
-        return (
-            prompt + row.messages[1]["content"],
-            [(len(prompt), len(prompt) + len(row.messages[1]["content"]))],
-            False,
+        text = row.prompt + row.completion
+        return Rendered(text, [(len(row.prompt), len(text))], False)
+    if tokenizer.chat_template is not None:
+        return _render_chat(row.messages, row.given, tokenizer)
+    if [m["role"] for m in row.messages] != ["user", "assistant"]:
+        raise ValueError(
+            "expected one user and one assistant message, because the tokenizer has no chat template; found "
+            + ", ".join(m["role"] for m in row.messages)
         )
-    text = tokenizer.apply_chat_template(row.messages, tokenize=False)
-    spans = []
-    for i, message in enumerate(row.messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(row.messages[:i], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(row.messages[: i + 1], tokenize=False)
-        if not (after.startswith(before) and text.startswith(after)):
+    prompt = instruction_prompt(row.messages[0]["content"], tokenizer)
+    text = prompt + row.messages[1]["content"]
+    return Rendered(text, [(len(prompt), len(text))], False)
+
+
+def _render_chat(messages: Messages, given: int, tokenizer: Any) -> Rendered:
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= given]
+    messages = messages[: answers[-1] + 1]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    for message in messages:
+        if message["role"] == "system" and message["content"].strip() not in text:
             raise ValueError(
-                "the tokenizer's chat template rewrites earlier turns, so the answers cannot be told apart"
+                "expected a chat template that writes system messages; the tokenizer's leaves out "
+                + short(message["content"])
             )
-        spans.append((len(before), len(after)))
-    return text, spans, True
+    template = tokenizer.get_chat_template()
+    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        [text], [spans] = render_jinja_template(
+            [messages], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+        )
+        if given:
+            prompt = tokenizer.apply_chat_template(messages[:given], tokenize=False)
+            spans = [span for span in spans if span[0] >= len(prompt)]
+        return Rendered(text, spans, True)
+    spans = []
+    for i in answers:
+        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        after = text if i == answers[-1] else tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        if text.startswith(after) and after.startswith(before):
+            spans.append((len(before), len(after)))
+        elif i == answers[-1]:
+            raise ValueError(
+                "expected a chat template that begins an answer as it asks for one; the tokenizer's does not, so the "
+                f"answers cannot be told apart: {short(before[-40:])} is not in {short(text[len(before) - 40 :])}"
+            )
+    last_only = len(spans) < len(answers)
+    return Rendered(text, spans[-1:] if last_only else spans, True, last_only)
 
 
 def instruction_prompt(instruction: str, tokenizer: Any) -> str:
@@ -185,38 +249,31 @@ def instruction_prompt(instruction: str, tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
 
-def tokenize(rows: list[Row], tokenizer: Any, max_length: int, source: str) -> Tokenized:
+def tokenize(rows: Iterable[Row], tokenizer: Any, max_length: int, source: str) -> Tokenized:
     """Token ids and labels of every row; the prompt has the label −100, and an end-of-text token follows each answer.
 
     ``source`` names the data in errors. Rows over ``max_length`` tokens are cut, rows without a trained token skipped;
-    both are counted.
+    both are counted. Rows are taken in batches, so that a reader's are never all in memory.
+
+    Raises:
+        ValueError: the tokenizer is a slow one, a row cannot be rendered (the message says where it stands), or no row
+            has a token to train on.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError("tokenizer: expected a fast tokenizer (one that gives character offsets), found a slow one")
-    result = Tokenized([])
-    for row in rows:
-        try:
-            text, spans, templated = render(row, tokenizer)
-        except Exception as error:  # whatever a chat template raises
-            raise ValueError(f"{row.where or source}: {error}") from None
-        encoding = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
-        ids = list(encoding["input_ids"])
-        labels = [
-            token if any(_trained(start, stop, *span) for span in spans) else IGNORE_INDEX
-            for token, (start, stop) in zip(ids, encoding["offset_mapping"], strict=True)
-        ]
-        if not templated and tokenizer.eos_token_id is not None:
-            if ids[-1:] != [tokenizer.eos_token_id]:
-                ids.append(tokenizer.eos_token_id)
-                labels.append(IGNORE_INDEX)
-            labels[-1] = tokenizer.eos_token_id
-        if len(ids) > max_length:
-            result.cut += 1
-            ids, labels = ids[:max_length], labels[:max_length]
-        if all(label == IGNORE_INDEX for label in labels[1:]):  # the first token is never predicted
-            result.skipped += 1
+    result = Tokenized(Examples(["input_ids", "labels"]), max_length)
+    total = operator.length_hint(rows) or None
+    bar = tqdm(rows, total=total, desc=f"tokenizing {source}", unit=" rows", disable=None, leave=False)
+    for number, ids, trained, where, last_only in _encoded(bar, tokenizer, source):
+        labels = np.where(trained, ids, IGNORE_INDEX)
+        kept = labels[:max_length]
+        if not (kept[1:] != IGNORE_INDEX).any():  # the first token is never predicted
+            result.skip(where.rpartition(", ")[2] or f"row {number}", cut=bool(trained[1:].any()))
             continue
-        result.examples.append({"input_ids": ids, "labels": labels})
+        result.cut += len(ids) > max_length
+        result.lost += max(0, len(ids) - max_length)
+        result.last_only += last_only
+        result.examples.append(input_ids=ids[:max_length].tolist(), labels=kept.tolist())
     if not result.examples:
         raise ValueError(
             f"{source}: no row has a token to train on within max_length={max_length}; expected room for the prompt "
@@ -225,13 +282,46 @@ def tokenize(rows: list[Row], tokenizer: Any, max_length: int, source: str) -> T
     return result
 
 
-def _trained(start: int, stop: int, first: int, last: int) -> bool:
-    """Whether the token of the characters start:stop overlaps the span first:last. A token of blanks may have no width
-    (tokenizers that trim offsets); special tokens have none either, at 0.
+def _encoded(rows: Iterable[Row], tokenizer: Any, source: str) -> Iterator[tuple[int, Any, Any, str, bool]]:
+    """(number, token ids, which of them are trained on, where, last_only) of every row, encoded in batches."""
+    eos = tokenizer.eos_token_id
+    rows, number = iter(rows), 0
+    while batch := list(islice(rows, 1000)):
+        rendered = [_rendered(row, tokenizer, source) for row in batch]
+        encodings = chain.from_iterable(
+            tokenizer(
+                [r.text for r in group],
+                add_special_tokens=not templated,
+                return_attention_mask=False,  # the encodings have what is needed, the offsets included
+                return_token_type_ids=False,
+                verbose=False,  # it would warn of texts longer than the model takes; they are cut
+            ).encodings
+            for templated, group in groupby(rendered, key=lambda r: r.templated)
+        )
+        for row, made, encoding in zip(batch, rendered, encodings, strict=True):
+            number += 1
+            ids = np.array(encoding.ids)
+            trained = _trained(np.array(encoding.offsets).reshape(-1, 2), made.spans)
+            if not made.templated and eos is not None:
+                if not len(ids) or ids[-1] != eos:
+                    ids, trained = np.append(ids, eos), np.append(trained, False)
+                trained[-1] = True
+            yield number, ids, trained, row.where, made.last_only
+
+
+def _rendered(row: Row, tokenizer: Any, source: str) -> Rendered:
+    try:
+        return render(row, tokenizer)
+    except Exception as error:  # whatever a chat template raises
+        raise ValueError(f"{row.where or source}: {error}") from None
+
+
+def _trained(offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
+    """Which tokens of these offsets [tokens, 2] overlap a span. A token of blanks may have no width (tokenizers that
+    trim offsets); special tokens have none either, at 0.
     """
-    return start < last and stop > first if stop > start else first < start < last
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    start, stop = offsets.T
+    trained = np.zeros(len(offsets), dtype=bool)
+    for first, last in spans:
+        trained |= (start < last) & np.where(stop > start, stop > first, start > first)
+    return trained

@@ -107,11 +107,17 @@ class RunArguments:
     model: str = field(metadata={"help": "folder or name of a pre-trained causal language model"})
     data: str = field(
         metadata={
-            "help": "JSONL file to train on, with the columns instruction (and input) / output, query / response, "
-            "question / answer, prompt / completion, or messages"
+            "help": "what to train on: a JSONL, JSON, CSV, TSV or Parquet file, a folder of such files, or owner/name "
+            "or owner/name:config of a data set on the hub. Its columns: instruction (with input), query, question, "
+            "problem or prompt, and output, response, answer, solution or completion; or messages or conversations"
         }
     )
-    eval_data: str | None = field(default=None, metadata={"help": "JSONL file of the same kind, evaluated at the end"})
+    data_split: str | None = field(
+        default=None,
+        metadata={"help": "split of a folder or hub data set, or a slice such as train[:1000]; unset: train"},
+    )
+    eval_data: str | None = field(default=None, metadata={"help": "data of the same kind, evaluated at the end"})
+    eval_split: str | None = field(default=None, metadata={"help": "split of eval_data; unset: test"})
     r: int = field(default=128, metadata={"help": "rank of the PiSSA adapters"})
     lora_alpha: float = field(default=128, metadata={"help": "the adapters' scaling times their rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout in front of the adapters"})
@@ -155,8 +161,10 @@ def setup(
         raise ValueError(f"lora_dropout: expected at least 0 and below 1, found {run.lora_dropout}")
     _check_training(training)
     checkpoint = _checkpoint(training)
-    rows = data.read_jsonl(run.data)
-    eval_rows = data.read_jsonl(run.eval_data) if run.eval_data else None
+    if run.eval_split is not None and run.eval_data is None:
+        raise ValueError(f"eval_split: expected eval_data beside it, found the split {run.eval_split!r} alone")
+    rows = data.read(run.data, run.data_split)
+    eval_rows = data.read(run.eval_data, run.eval_split, usual="test") if run.eval_data else None
     tokenizer = AutoTokenizer.from_pretrained(run.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -164,12 +172,12 @@ def setup(
         raise ValueError(
             f"model: expected a tokenizer with a padding or end-of-text token, found neither in {run.model}"
         )
-    train_set = data.tokenize(rows, tokenizer, run.max_length, run.data)
-    print(f"train: {train_set.summary()}", flush=True)
+    train_set = data.tokenize(rows, tokenizer, run.max_length, rows.name)
+    _say("train: ", train_set)
     eval_set = None
     if eval_rows:
-        eval_set = data.tokenize(eval_rows, tokenizer, run.max_length, str(run.eval_data))
-        print(f"eval:  {eval_set.summary()}", flush=True)
+        eval_set = data.tokenize(eval_rows, tokenizer, run.max_length, eval_rows.name)
+        _say("eval:  ", eval_set)
     _check_vocabulary(run.model, [train_set, *([eval_set] if eval_set else [])])
 
     try:
@@ -292,9 +300,15 @@ def _complete(path: Path) -> bool:
     return all((path / name).is_file() for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt"))
 
 
+def _say(what: str, rows: data.Tokenized) -> None:
+    print(what + rows.summary(), flush=True)
+    for warning in rows.warnings():
+        print(f"{what}warning: {warning}", flush=True)
+
+
 def _check_vocabulary(model: str, sets: list[data.Tokenized]) -> None:
     vocab = AutoConfig.from_pretrained(model).get_text_config().vocab_size
-    highest = max(max(e["input_ids"]) for s in sets for e in s.examples)
+    highest = max(max(s.examples.columns["input_ids"]) for s in sets)
     if highest >= vocab:
         raise ValueError(
             f"model: the tokenizer of {model} gives token {highest}, but the model's vocabulary ends at {vocab - 1}"

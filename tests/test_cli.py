@@ -53,6 +53,40 @@ def test_train_by_flags(inputs, tmp_path, capsys):
     assert model.peft_config["default"].r == 8
 
 
+def test_train_on_splits_of_a_folder(inputs, tmp_path, capsys, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = datasets.Dataset.from_list([{"question": f"Count to {i}.", "answer": "1 2 3"} for i in range(9)])
+    (tmp_path / "set").mkdir()
+    rows.to_parquet(tmp_path / "set" / "train.parquet")
+    rows.select(range(3)).to_parquet(tmp_path / "set" / "test.parquet")
+    folder = str(tmp_path / "set")
+    values = options(inputs, tmp_path / "run", data=folder, eval_data=folder, data_split="train[2:]", max_length=30)
+    assert cli.main(["train", *flags({**values, "eval_split": "tst"})]) == 2
+    assert "set, split tst: Unknown split" in capsys.readouterr().err
+    assert cli.main(["train", *flags(values)]) == 2
+    assert "set, split train[2:]: no row has a token to train on within max_length=30" in capsys.readouterr().err
+    values["max_length"] = 60
+    assert cli.main(["train", *flags(values)]) == 0
+    printed = capsys.readouterr().out
+    assert "train: 7 rows," in printed
+    assert "eval:  3 rows," in printed
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["data_split"] == "train[2:]"
+
+
+def test_rows_that_are_skipped_are_said_before_training(inputs, tmp_path, capsys):
+    rows = [{"question": "q" * (500 if i == 3 else 5), "answer": "a"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert cli.main(["train", *flags(options(inputs, tmp_path / "run", data=tmp_path / "rows.jsonl"))]) == 0
+    printed = capsys.readouterr().out
+    assert "train: 7 rows," in printed
+    assert (
+        "1 row skipped: no token of them would be trained on (of 1 the answer begins after 512 tokens; line 4)"
+        in printed
+    )
+    assert "train: warning: 1 of 8 rows were skipped: of 1 max_length=512 cuts the answers away\n" in printed
+
+
 def test_a_recipe_with_overrides_is_the_same_run_and_is_kept(inputs, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -98,6 +132,9 @@ def test_resuming_a_run_that_has_no_checkpoint_starts_it(inputs, tmp_path, capsy
 
 BAD = {
     "data": (dict(data="gone.jsonl"), "data: expected a JSONL file, found nothing at gone.jsonl"),
+    "split": (dict(data_split="test"), "rows.jsonl: expected no split, because a single file has none; found 'test'"),
+    "split of nothing": (dict(eval_split="test"), "eval_split: expected eval_data beside it, found the split 'test'"),
+    "hub": (dict(data="nobody/nothing"), "nobody/nothing: Couldn't reach 'nobody/nothing' on the Hub"),
     "row": (dict(data="BAD"), "bad.jsonl, line 2: expected the column 'output'"),
     "model": (dict(model="no/such/folder/here"), "no/such/folder/here"),
     "rank": (dict(r=40), "r: expected at most"),

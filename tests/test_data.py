@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from balora import data
@@ -19,7 +20,8 @@ def trained_text(example, tokenizer):
     return tokenizer.decode([t for t in example["labels"] if t != -100])
 
 
-PAIRS = [("instruction", "output"), ("query", "response"), ("question", "answer")]
+PAIRS = [("instruction", "output"), ("query", "response"), ("query", "answer"), ("problem", "solution")]
+PAIRS += [("question", "answer"), ("prompt", "response"), ("question", "completion")]
 
 
 @pytest.mark.parametrize("columns", PAIRS)
@@ -40,9 +42,11 @@ def test_questions_and_answers(tmp_path, columns, template):
         assert label in (-100, token)
 
 
-def test_an_input_column_is_appended_to_the_instruction(tmp_path):
-    (row,) = data.read_jsonl(write(tmp_path, {"instruction": "Add.", "input": "1, 2", "output": "3"}))
-    assert row.messages[0]["content"] == "Add.\n\n1, 2"
+@pytest.mark.parametrize(("name", "response"), [("input", "output"), ("context", "response")])
+def test_an_input_column_is_appended_to_the_instruction(tmp_path, name, response):
+    rows = [{"instruction": "Add.", name: "1, 2", response: "3"}, {"instruction": "Add.", name: "", response: "3"}]
+    rows = data.read_jsonl(write(tmp_path, *rows))
+    assert [row.messages[0]["content"] for row in rows] == ["Add.\n\n1, 2", "Add."]
 
 
 def test_prompt_and_completion_are_joined_as_they_stand(tmp_path):
@@ -74,6 +78,107 @@ def test_every_assistant_turn_of_a_conversation_is_trained_on(tmp_path):
     assert trained_text(example, tokenizer) == "A1<|end|>\nA2<|end|>\n"
 
 
+def test_conversations_of_sharegpt_and_keys_that_are_not_needed(tmp_path):
+    roles = [("system", "S"), ("human", "U1"), ("gpt", "A1"), ("user", "U2"), ("assistant", "A2")]
+    rows = [{"conversations": [{"from": r, "value": c, "weight": None} for r, c in roles], "idx": 7}]
+    rows += [{"conversations": [dict(role="user", content="U", name=None), dict(role="assistant", content="A")]}]
+    first, second = data.read_jsonl(write(tmp_path, *rows))
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    assert first.messages == [
+        dict(role=r, content=c) for r, c in zip(roles, ("S", "U1", "A1", "U2", "A2"), strict=True)
+    ]
+    assert second.messages == [dict(role="user", content="U"), dict(role="assistant", content="A")]
+
+
+def test_a_conversation_is_taken_before_what_stands_beside_it(tmp_path):
+    messages = [dict(role="user", content="U"), dict(role="assistant", content="A")]
+    (row,) = data.read_jsonl(write(tmp_path, {"problem": "p", "solution": "s", "messages": messages}))
+    assert row.messages == messages
+
+
+GENERATION = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+    "<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "end"), [(TEMPLATE, "<|end|>\n"), (GENERATION, "<|end|>")])
+def test_of_prompt_and_completion_as_messages_the_completion_is_trained_on(tmp_path, template, end):
+    prompt = [("user", "U1"), ("assistant", "A1"), ("user", "U2")]
+    completion = [("assistant", "A2"), ("user", "U3"), ("assistant", "A3"), ("user", "U4")]
+    row = {"prompt": [dict(role=r, content=c) for r, c in prompt]}
+    row["completion"] = [dict(role=r, content=c) for r, c in completion]
+    tokenizer = tiny_tokenizer(template)
+    (example,) = data.tokenize(data.read_jsonl(write(tmp_path, row)), tokenizer, 200, "rows").examples
+    assert trained_text(example, tokenizer) == f"A2{end}A3{end}"
+    text = tokenizer.decode(example["input_ids"])
+    assert "U1" in text
+    assert "U4" not in text  # nothing follows it that is trained on
+
+
+def test_the_generation_blocks_of_a_template_say_what_is_trained_on():
+    tokenizer = tiny_tokenizer(GENERATION)
+    turns = [dict(role=r, content=c) for r, c in [("user", "U1"), ("assistant", "A1 ✓"), ("user", "U2")]]
+    rows = [data.Row(messages=[*turns, dict(role="assistant", content="A2")])]
+    (example,) = data.tokenize(rows, tokenizer, 200, "rows").examples
+    assert trained_text(example, tokenizer) == "A1 ✓<|end|>A2<|end|>"
+    assert tokenizer.decode(example["input_ids"]).startswith("<|user|>U1<|end|><|assistant|>A1")
+
+
+REASONING = (  # of earlier answers only what follows the reasoning is written, as Qwen3's template does it
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}"
+    "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_of_turns_that_the_template_rewrites_the_last_answer_is_trained_on():
+    tokenizer = tiny_tokenizer(REASONING)
+    answer = dict(role="assistant", content="<think>hm</think>A")
+    turns = [dict(role="user", content="U"), answer]
+    plain = [dict(role="user", content="U"), dict(role="assistant", content="B")]
+    rows = [data.Row(messages=turns), data.Row(messages=turns + turns), data.Row(messages=plain + plain)]
+    rows += [data.Row(messages=plain + turns + turns)]
+    result = data.tokenize(rows, tokenizer, 200, "rows")
+    assert [trained_text(e, tokenizer) for e in result.examples] == [
+        "<think>hm</think>A<|end|>",
+        "<think>hm</think>A<|end|>",
+        "B<|end|>B<|end|>",
+        "<think>hm</think>A<|end|>",
+    ]
+    expected = "<|user|>U<|end|><|assistant|>A<|end|><|user|>U<|end|><|assistant|><think>hm</think>A<|end|>"
+    assert tokenizer.decode(result.examples[1]["input_ids"]) == expected
+    assert result.last_only == 2
+    assert "; 2 rows trained on the last answer only: the chat template rewrites earlier ones" in result.summary()
+
+
+def test_a_system_message_that_the_template_leaves_out_is_named(tmp_path):
+    turns = [dict(role="user", content="U"), dict(role="assistant", content="A")]
+    rows = [{"messages": turns}, {"messages": [dict(role="system", content=" Be brief. "), *turns]}]
+    rows = data.read_jsonl(write(tmp_path, *rows))
+    trims = "{% for m in messages %}{{ m['content'] | trim }}|{% endfor %}"
+    assert len(data.tokenize(rows, tiny_tokenizer(trims), 50, "rows").examples) == 2
+    deaf = "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}|{% endif %}{% endfor %}"
+    with pytest.raises(
+        ValueError, match="line 2: expected a chat template that writes system messages; .*' Be brief. '"
+    ):
+        data.tokenize(rows, tiny_tokenizer(deaf), 50, "rows")
+
+
+def test_rows_of_both_kinds_and_more_than_a_batch_keep_their_order():
+    tokenizer = tiny_tokenizer(TEMPLATE)
+    rows = []
+    for i in range(1100):
+        if i % 3:
+            rows.append(data.Row(prompt=f"p{i} ", completion="c"))
+        else:
+            turns = [dict(role="user", content=f"u{i}"), dict(role="assistant", content="a")]
+            rows.append(data.Row(messages=turns))
+    examples = data.tokenize(rows, tokenizer, 200, "rows").examples
+    texts = [tokenizer.decode(e["input_ids"]) for e in examples]
+    assert texts == [f"p{i} c<eos>" if i % 3 else f"<|user|>u{i}<|end|>\n<|assistant|>a<|end|>\n" for i in range(1100)]
+
+
 def test_a_token_across_the_boundary_belongs_to_the_answer(stories15m):
     from transformers import AutoTokenizer
 
@@ -91,13 +196,46 @@ def test_cut_and_skipped_rows_are_counted():
     ]
     result = data.tokenize(rows, tiny_tokenizer(), 10, "rows")
     assert [len(e["input_ids"]) for e in result.examples] == [10, 3]
-    assert (result.cut, result.skipped) == (2, 1)
+    assert (result.cut, result.lost, result.skipped, result.answers_cut) == (1, 16, 1, 1)
     assert result.summary() == (
-        "2 rows, 13 tokens, 54 % of them trained on; mean length 6, longest 10; 2 rows cut to 10 tokens; "
-        "1 rows skipped: no token of them would be trained on"
+        "2 rows, 13 tokens, 54 % of them trained on; lengths: mean 6, median 6, 95 % up to 10, longest 10; "
+        "1 row cut to 10 tokens (16 tokens lost); 1 row skipped: no token of them would be trained on "
+        "(of 1 the answer begins after 10 tokens; row 2)"
     )
     with pytest.raises(ValueError, match="rows: no row has a token to train on within max_length=10"):
         data.tokenize(rows[1:2], tiny_tokenizer(), 10, "rows")
+
+
+def test_rows_without_an_answer_are_skipped_whatever_their_length():
+    tokenizer = tiny_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    turns = [[dict(role="user", content="u"), dict(role="assistant", content=c)] for c in ("a", *[""] * 7)]
+    rows = [data.Row(messages=m, where=f"FILE, line {i}") for i, m in enumerate(turns, start=1)]
+    result = data.tokenize(rows, tokenizer, 10, "rows")
+    assert (len(result.examples), result.skipped, result.answers_cut) == (1, 7, 0)
+    assert result.summary().endswith(
+        "; 7 rows skipped: no token of them would be trained on (line 2, line 3, line 4, line 5, line 6, …)"
+    )
+    assert result.warnings() == ["7 of 8 rows were skipped"]
+
+
+def test_a_small_share_of_trained_tokens_and_many_skipped_rows_give_warnings():
+    short = [data.Row(prompt="p" * 97, completion="cc")]  # and the end: 3 of 100
+    result = data.tokenize(short, tiny_tokenizer(), 100, "rows")
+    assert result.warnings() == ["only 3 % of the tokens are trained on; the rest of each step is spent on prompts"]
+    result = data.tokenize([data.Row(prompt="p" * 95, completion="cccc")], tiny_tokenizer(), 100, "rows")
+    assert result.trained_share() == 0.05
+    assert result.warnings() == []
+    # The first token of a row is predicted by nothing, even where it belongs to the answer.
+    result = data.tokenize([data.Row(prompt="", completion="ccc")] * 2, tiny_tokenizer(), 100, "rows")
+    assert result.trained_share() == 0.75
+    with pytest.raises(ValueError, match="rows: no row has a token to train on within max_length=1"):
+        data.tokenize([data.Row(prompt="", completion="ccc")], tiny_tokenizer(), 1, "rows")
+    long = data.Row(prompt="p" * 100, completion="c")
+    good = [data.Row(prompt="p", completion="c")]
+    assert data.tokenize(good * 9 + [long], tiny_tokenizer(), 100, "rows").warnings() == []
+    assert data.tokenize(good * 8 + [long], tiny_tokenizer(), 100, "rows").warnings() == [
+        "1 of 9 rows were skipped: of 1 max_length=100 cuts the answers away"
+    ]
 
 
 GOOD = {"question": "q", "answer": "a"}
@@ -106,7 +244,7 @@ BAD = {
     "a list": ([GOOD, "[1]"], r"line 2: expected a JSON object, found \[1\]"),
     "unknown columns": (
         [{"text": "x", "label": 1}],
-        "line 1: expected the columns instruction and output; .*found text, label",
+        "line 1: expected the columns one of instruction, .*; or messages or conversations; found text, label",
     ),
     "no column": (["{}"], "line 1: expected the columns .*; found no column"),
     "column missing": (
@@ -136,12 +274,45 @@ BAD = {
     ),
     "half a surrogate": (['{"question": "q", "answer": "\\ud800"}'], "line 1, column 'answer': expected Unicode text"),
     "a huge number": (['{"question": ' + "9" * 5000 + "}"], "line 1: expected a JSON object, found '{.question"),
+    "two prompts": (
+        [{"question": "q", "problem": "p", "answer": "a"}],
+        "line 1: expected one column of instruction, query, question, .*; found question, problem",
+    ),
+    "two responses": (
+        [{"question": "q", "answer": "a", "solution": "s"}],
+        "line 1: expected one column of output, response, answer, .*; found answer, solution",
+    ),
+    "two conversations": (
+        [{"messages": [], "conversations": []}],
+        "line 1: expected one column of messages, conversations; found messages, conversations",
+    ),
+    "no response": ([{"question": "q"}], "line 1: expected the columns .*; found question"),
+    "unknown role": (
+        [{"conversations": [{"from": "bing", "value": "x"}]}],
+        "column 'conversations': expected one of human, user, gpt, assistant, system in message 0, found 'bing'",
+    ),
+    "sharegpt without a value": (
+        [{"conversations": [{"from": "human"}]}],
+        "column 'conversations': expected texts 'from' and 'value' in message 0, found {'from': 'human'}",
+    ),
+    "prompt a text, completion messages": (
+        [{"prompt": "p", "completion": [{"role": "assistant", "content": "x"}]}],
+        "line 1, column 'prompt': expected a list of messages that is not empty, found 'p'",
+    ),
+    "completion without an answer": (
+        [{"prompt": [{"role": "assistant", "content": "x"}], "completion": [{"role": "user", "content": "x"}]}],
+        "line 1, column 'prompt': expected something before the first message of the assistant",
+    ),
+    "no answer in the completion": (
+        [{"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "user", "content": "x"}]}],
+        "line 1, column 'completion': expected a message of the role 'assistant', found .'user'",
+    ),
     "deep": (["[" * 100000], r"line 1: expected a JSON object, found '\[\["),
     "assistant first": (
         [{"messages": [{"role": "assistant", "content": "x"}]}],
         "line 1, column 'messages': expected something",
     ),
-    "empty file": ([], "expected at least one row, found an empty file"),
+    "empty file": ([], "expected at least one row, found none"),
 }
 
 
@@ -169,12 +340,9 @@ def test_a_byte_order_mark_carriage_returns_and_unusual_line_separators(tmp_path
 
 def test_blanks_without_a_width_are_trained_on():
     """Tokenizers that trim offsets give a token of blanks no width; special tokens have none either."""
-    assert data._trained(7, 7, first=5, last=9)
-    assert not data._trained(0, 0, first=5, last=9)
-    assert not data._trained(5, 5, first=5, last=9)
-    assert data._trained(4, 6, first=5, last=9)
-    assert not data._trained(4, 5, first=5, last=9)
-    assert not data._trained(9, 10, first=5, last=9)
+    offsets = np.array([(0, 0), (4, 5), (4, 6), (5, 5), (7, 7), (8, 9), (9, 10), (11, 13), (0, 0)])
+    assert data._trained(offsets, [(5, 9)]).tolist() == [0, 0, 1, 0, 1, 1, 0, 0, 0]
+    assert data._trained(offsets, [(5, 9), (12, 20)]).tolist() == [0, 0, 1, 0, 1, 1, 0, 1, 0]
 
 
 def test_an_error_of_the_template_names_the_line(tmp_path):
@@ -191,8 +359,17 @@ def test_conversations_that_cannot_be_rendered_are_named():
     turns = [data.Row(messages=[dict(role="user", content="u"), dict(role="assistant", content="a")] * 2)]
     with pytest.raises(ValueError, match="rows: expected one user and one assistant message, because the token"):
         data.tokenize(turns, tiny_tokenizer(), 50, "rows")
-    forgetful = (
-        "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
-    )
-    with pytest.raises(ValueError, match="rows: the tokenizer's chat template rewrites earlier turns"):
-        data.tokenize(turns, tiny_tokenizer(forgetful), 50, "rows")
+    backwards = "{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="rows: expected a chat template that begins an answer as it asks for one"):
+        data.tokenize(turns, tiny_tokenizer(backwards), 50, "rows")
+
+
+def test_a_reader_is_read_as_it_is_tokenized(tmp_path):
+    path = write(tmp_path, *[GOOD] * 3, {"question": "q"})
+    rows = data.read(path)
+    message = "rows.jsonl, line 4: expected the column 'answer', as in the rows before"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            data.tokenize(rows, tiny_tokenizer(), 50, "rows")
+    with pytest.raises(ValueError, match=r"line 1: expected the columns .*; found text"):
+        data.read(write(tmp_path, {"text": "x"}))

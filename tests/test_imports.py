@@ -86,7 +86,10 @@ MAY_IMPORT = {
         "balora.output_layer",
         "balora.pissa",
     },
-    "data": {"datasets", "transformers", "balora.functional"},
+    "sources": {"datasets"},
+    "tokenized": {"numpy", "balora.functional"},
+    "data": {"numpy", "tqdm", "transformers", "balora.functional", "balora.sources", "balora.tokenized"},
+    "classification": {"tqdm", "balora.sources", "balora.tokenized"},
     "trainer": {"torch", "transformers", "yaml", "balora.config", "balora.data", "balora.modeling", "balora.pissa"},
     "cli": {"transformers", "yaml", "balora", "balora.config"},
 }
