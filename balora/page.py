@@ -38,7 +38,7 @@ class Run:
     config: BALoraConfig
     step: int = 0
     max_steps: int = 0
-    state: str = "running"  # "running", "finished" or "stopped"
+    status: str = "running"  # "running", "finished" or "stopped"
     reason: str = ""  # why it was stopped
     seconds_left: float | None = None
     silence: float = 300.0  # seconds without a new page after which a running run is taken for dead
@@ -56,7 +56,7 @@ class Run:
 def render(run: Run) -> str:
     """The page, HTML. Every text of the user is escaped."""
     title = run.about.get("Model", "").rstrip("/\\").replace("\\", "/").rpartition("/")[2] or "a model"
-    running = run.state == "running"
+    running = run.status == "running"
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     head = [
@@ -91,30 +91,30 @@ def duration(seconds: float) -> str:
 
 
 def _short_status(run: Run) -> str:
-    if run.state == "finished":
+    if run.status == "finished":
         return "finished"
-    return f"{'stopped at ' if run.state == 'stopped' else ''}step {run.step} of {run.max_steps}"
+    return f"{'stopped at ' if run.status == 'stopped' else ''}step {run.step} of {run.max_steps}"
 
 
 def _status(run: Run) -> str:
     now = time.time()
     written = datetime.fromtimestamp(now).astimezone()
     place = f"step {run.step:,} of {run.max_steps:,}"
-    if run.state == "finished":
+    if run.status == "finished":
         text = f"Finished: {run.step:,} steps in {duration(run.elapsed)}."
         if run.step < run.max_steps:
             text = f"Finished early, at {place}, after {duration(run.elapsed)}."
-    elif run.state == "stopped":
+    elif run.status == "stopped":
         text = f"Stopped at {place}, after {duration(run.elapsed)}: {run.reason}"
     else:
         left = "" if run.seconds_left is None else f", about {duration(run.seconds_left)} left"
         text = f"Running: {place}{left}."
     stamp = f"<time datetime={written.isoformat(timespec='seconds')}>{written:%Y-%m-%d %H:%M:%S}</time>"
     live = ""
-    if run.state == "running":
+    if run.status == "running":
         live = f" The page reloads itself every {RELOAD} s; if that time stands still, the run ended there."
     return (
-        f"<div id=status class={run.state} data-dead={now + run.silence:.0f} data-place='{escape(place)}'>"
+        f"<div id=status class={run.status} data-dead={now + run.silence:.0f} data-place='{escape(place)}'>"
         f"<progress aria-label='Progress of the run' max={max(run.max_steps, 1)} value={run.step}></progress>"
         f"<p class=state role=status>{escape(text)}</p></div><p class=note>Written {stamp}.{live}</p>"
     )
@@ -227,17 +227,6 @@ def _plots(run: Run) -> list[str]:
         evaluated,
         probed("ce", "probe CE", _PROBE),
     ]
-    terms = [
-        _figure(
-            f"{'SVD' if name == 'svd' else name.capitalize()} term",
-            note,
-            [logged(name, "", color)],
-            "ratio" if name == "svd" else _NATS,
-            _why_empty(run, name, symbol) or no_log,
-            x_range=x_range,
-        )
-        for name, symbol, color, note in _TERMS
-    ]
     names = {name: "SVD" if name == "svd" else name for name, *_ in _TERMS}
     shares = [logged(name, names[name], color, f"lambda_{name}") for name, _, color, _ in _TERMS]
     weights = [logged(f"lambda_{name}", symbol, color) for name, symbol, color, _ in _TERMS]
@@ -245,7 +234,7 @@ def _plots(run: Run) -> list[str]:
     if before.get("spectrum") and run.probe and run.probe[-1]["spectrum"]:
         for label, color, values in (
             ("pre-trained", _PRE_TRAINED, before["spectrum"]),
-            ("now" if run.state == "running" else "after", _SVD, run.probe[-1]["spectrum"]),
+            ("now" if run.status == "running" else "after", _SVD, run.probe[-1]["spectrum"]),
         ):
             sigma.append(Curve(label, color, range(1, len(values) + 1), values, dashed=label == "pre-trained"))
     tokens = [p for p in run.speed if p["tokens"] and p["seconds"]]
@@ -254,78 +243,50 @@ def _plots(run: Run) -> list[str]:
         Curve(name, color, [p["step"] for p in run.speed if name in p], [p[name] / 1e9 for p in run.speed if name in p])
         for name, color in (("device", _LOSS), ("host", _NEUTRAL))
     ]
-    rows = f"Probe: {run.probe_rows}." if run.probe_rows else ""
+
+    def figure(title: str, note: str, curves: Sequence[Curve], unit: str, empty: str, from_zero: bool = False) -> str:
+        return _figure(title, note, curves, unit, empty, x_range=x_range, from_zero=from_zero)
+
+    no_norm = "The Trainer logs no gradient norm in this run." if logs else no_log
+    no_token = "No token has been counted." if logs else no_log
+    kl, entropy = "KL(pre-trained ‖ fine-tuned), temperature 1", f"of the next token, {_entropy_of(run)}"
+    entropies = [probed("entropy", "fine-tuned", _DIVERSITY), level("entropy", "pre-trained")]
+    spectrum = ("Spectrum of the logits", "singular values over their Frobenius norm", sigma, "σᵢ / ‖Z‖", no_probe)
     sections = {
         "Loss": [
-            _figure("Loss", "CE + Σ λ · term, and the cross-entropy in it", losses, _NATS, no_log, x_range=x_range),
-            _figure("Weighted terms", "λ · term, what each adds to the loss", shares, _NATS, no_log, x_range=x_range),
-            _figure(
-                "Weights", "λ₁ consistency, λ₂ diversity, λ₃ SVD", weights, "λ", no_log, x_range=x_range, from_zero=True
-            ),
+            figure("Loss", "CE + Σ λ · term, and the cross-entropy in it", losses, _NATS, no_log),
+            figure("Weighted terms", "λ · term, what each adds to the loss", shares, _NATS, no_log),
+            figure("Weights", "λ₁ consistency, λ₂ diversity, λ₃ SVD", weights, "λ", no_log, from_zero=True),
         ],
-        "Regularizers, unweighted": terms,
+        "Regularizers, unweighted": [
+            figure(
+                f"{names[name][0].upper()}{names[name][1:]} term",
+                note,
+                [logged(name, "", color)],
+                "ratio" if name == "svd" else _NATS,
+                _why_empty(run, name, symbol) or no_log,
+            )
+            for name, symbol, color, note in _TERMS
+        ],
         "Distance from the pre-trained model": [
-            _figure(
-                "KL to the pre-trained model",
-                "KL(pre-trained ‖ fine-tuned), temperature 1",
-                [probed("kl", "", _CONSISTENCY)],
-                _NATS,
-                no_probe,
-                x_range=x_range,
-                from_zero=True,
+            figure(
+                "KL to the pre-trained model", kl, [probed("kl", "", _CONSISTENCY)], _NATS, no_probe, from_zero=True
             ),
-            _figure(
-                "Entropy",
-                f"of the next token, {_entropy_of(run)}",
-                [probed("entropy", "fine-tuned", _DIVERSITY), level("entropy", "pre-trained")],
-                "nats",
-                no_probe,
-                x_range=x_range,
-            ),
-            _figure(
-                "Spectrum of the logits",
-                "singular values over their Frobenius norm",
-                sigma,
-                "σᵢ / ‖Z‖",
-                no_probe,
-                x_label="i",
-                log=True,
-            ),
+            figure("Entropy", entropy, entropies, "nats", no_probe),
+            _figure(*spectrum, x_label="i", log=True),
         ],
         "Optimization": [
-            _figure(
-                "Learning rate",
-                "",
-                [logged("learning_rate", "", _NEUTRAL)],
-                "",
-                no_log,
-                x_range=x_range,
-                from_zero=True,
-            ),
-            _figure(
-                "Gradient norm",
-                "before clipping",
-                [logged("grad_norm", "", _NEUTRAL)],
-                "",
-                "The Trainer logs no gradient norm in this run." if logs else no_log,
-                x_range=x_range,
-                from_zero=True,
+            figure("Learning rate", "", [logged("learning_rate", "", _NEUTRAL)], "", no_log, from_zero=True),
+            figure(
+                "Gradient norm", "before clipping", [logged("grad_norm", "", _NEUTRAL)], "", no_norm, from_zero=True
             ),
         ],
         "Cost": [
-            _figure(
-                "Speed",
-                "evaluations, checkpoints and this report left out",
-                [speed],
-                "trained tokens a second",
-                "No token has been counted." if logs else no_log,
-                x_range=x_range,
-                from_zero=True,
-            ),
-            _figure("Peak memory", "so far", memory, "GB", no_log, x_range=x_range, from_zero=True),
+            figure("Speed", "without evaluations and checkpoints", [speed], "trained tokens a second", no_token, True),
+            figure("Peak memory", "so far", memory, "GB", no_log, from_zero=True),
         ],
     }
-    notes = {"Distance from the pre-trained model": rows}
+    notes = {"Distance from the pre-trained model": f"Probe: {run.probe_rows}." if run.probe_rows else ""}
     return [
         f"<section><h2>{escape(name)}</h2>{f'<p class=note>{escape(notes[name])}</p>' if notes.get(name) else ''}"
         f"<div class=plots>{''.join(figures)}</div></section>"

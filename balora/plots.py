@@ -147,8 +147,9 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return x.copy(), y.copy()
     kept = []
     for part in np.array_split(np.arange(len(x)), POINTS // 2):
-        values = np.where(np.isfinite(y[part]), y[part], y[part[0]])
-        kept += sorted({int(part[np.argmin(values)]), int(part[np.argmax(values)])})
+        values, finite = y[part], np.isfinite(y[part])
+        lowest, highest = np.where(finite, values, np.inf).argmin(), np.where(finite, values, -np.inf).argmax()
+        kept += sorted({int(part[lowest]), int(part[highest])})
     kept[-1] = len(x) - 1  # the end is what a curve is read for
     return x[kept], y[kept]
 

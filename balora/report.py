@@ -20,12 +20,13 @@ from transformers import TrainerCallback
 from . import __version__, dispatch
 from .modeling import attachment
 from .page import Run, render
-from .probe import ROWS, Probe
+from .probe import ROWS, Measured, Probe
 
 _WAIT = 10.0  # seconds between two drawings, at least
 _DRAWING = 0.01  # of the time, at most, spent on drawing
 _PROBES = 20  # while the model is trained, at most
 _PROBING = 0.02  # of the time, at most, spent on those
+_SPEED = {"step", "steps", "tokens", "seconds", "elapsed", "host"}  # what each point of speed and memory has
 _POINTS = 2000  # of speed and memory, kept at most
 _log = logging.getLogger(__name__)
 
@@ -79,8 +80,11 @@ class ReportCallback(TrainerCallback):
         settings: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.path = Path(path)
-        self._held_out, self._about, self._settings = held_out, about, settings
+        self._held_out = None if held_out is None else list(islice(held_out, ROWS))
+        self._about, self._settings = about, settings
         self._complained = False
+        self._drawn_at: float | None = None
+        self._probe: Any = None
         self._run: Any = None  # a page.Run while there is one; no other hook runs without
 
     @property
@@ -90,11 +94,12 @@ class ReportCallback(TrainerCallback):
 
     @_harmless
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        self._run, self._drawn_at, self._probed_at = None, None, 0.0
-        base, attached = attachment(model)
-        self._base = base
+        self._run = self._drawn_at = self._probe = None
+        self._base, attached = attachment(model)
         config = attached.config
-        about = dict(self._about or {"Model": str(getattr(base.config, "name_or_path", "") or type(base).__name__)})
+        about = dict(
+            self._about or {"Model": str(getattr(self._base.config, "name_or_path", "") or type(self._base).__name__)}
+        )
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters())
         about["Trained parameters"] = f"{trained:,} of {total:,} ({trained / max(total, 1):.2%})"
@@ -105,7 +110,6 @@ class ReportCallback(TrainerCallback):
         if state.global_step:
             self._restore(run)
         self._elapsed_before, self._started = run.elapsed, time.perf_counter()
-        self._probe = None
         if args.world_size > 1:
             run.no_probe = f"the run has {args.world_size} processes, and the probe runs in one."
         else:
@@ -129,7 +133,7 @@ class ReportCallback(TrainerCallback):
     # What comes between the end of a step and these two is no training.
     @_harmless
     def on_evaluate(self, args, state, control, **kwargs):
-        if self._run.state != "running":
+        if self._run.status != "running":
             self._draw(state)  # the evaluation after the training
         self._mark = time.perf_counter()
 
@@ -161,7 +165,7 @@ class ReportCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if state.global_step > (self._run.probe[-1]["step"] if self._run.probe else -1):
             self._measure(state.global_step)
-        self._run.state = "finished"
+        self._run.status = "finished"
         self._run.elapsed = self._elapsed()
         self._draw(state)
 
@@ -169,7 +173,7 @@ class ReportCallback(TrainerCallback):
         """Say on the page that the run was stopped by an error. ``state`` is the Trainer's."""
         if self._run is None or not state.is_world_process_zero:
             return
-        self._run.state, self._run.reason = "stopped", f"{type(error).__name__}: {error}".strip(": ")[:500]
+        self._run.status, self._run.reason = "stopped", f"{type(error).__name__}: {error}".strip(": ")[:500]
         try:
             self._run.elapsed = self._elapsed()
             self._draw(state)
@@ -226,39 +230,39 @@ class ReportCallback(TrainerCallback):
         try:
             rows, where = self._held_out, "evaluation data"
             if rows is None:
-                where = "training data"
-                data = train_dataloader.dataset
-                rows = (data[i] for i in range(min(ROWS, len(data))))  # not through the loader: it draws random numbers
+                data, where = train_dataloader.dataset, "training data"
+                rows = [data[i] for i in range(min(ROWS, len(data)))]  # not through the loader: it draws random numbers
             autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-            probe = Probe(model, islice(rows, ROWS), autocast)
+            probe = Probe(model, rows, autocast)
             run.probe_rows = f"{probe.tokens} tokens of the first {len(probe.rows)} rows of the {where}"
-            begun = time.perf_counter()
-            run.before = probe.measure(pre_trained=True)._asdict()
-            run.spent += time.perf_counter() - begun
             self._probe = probe
+            run.before = self._timed(run, pre_trained=True)
             if not run.probe:
-                self._measure(run.step, run)
+                run.probe.append({"step": run.step, **self._timed(run)})
         except Exception as error:
             self._drop_probe(run, error)
 
     def _probe_is_due(self, state: Any, now: float) -> bool:
-        if self._probe is None or self._run is None or not self._run.probe:
+        if self._probe is None:
             return False
         since = state.global_step - self._run.probe[-1]["step"]
         return since >= state.max_steps / _PROBES and now - self._probed_at >= self._probing_took / _PROBING
 
-    def _measure(self, step: int, run: Run | None = None) -> None:
-        run = run or self._run
-        if self._probe is None or run is None:
+    def _measure(self, step: int) -> None:
+        if self._probe is None:
             return
-        begun = time.perf_counter()
         try:
-            run.probe.append({"step": step, **self._probe.measure()._asdict()})
+            self._run.probe.append({"step": step, **self._timed(self._run)})
         except Exception as error:  # such as too little memory
-            self._drop_probe(run, error)
+            self._drop_probe(self._run, error)
+
+    def _timed(self, run: Run, pre_trained: bool = False) -> dict[str, Any]:
+        begun = time.perf_counter()
+        found = self._probe.measure(pre_trained)._asdict()
         self._probed_at = time.perf_counter()
         self._probing_took = self._probed_at - begun
         run.spent += self._probing_took
+        return found
 
     def _drop_probe(self, run: Run, error: Exception) -> None:
         self._probe = None
@@ -271,7 +275,7 @@ class ReportCallback(TrainerCallback):
         run = self._run
         begun = time.perf_counter()
         run.step, run.max_steps, run.history = state.global_step, state.max_steps, state.log_history
-        if run.state == "running":
+        if run.status == "running":
             run.elapsed = self._elapsed()
         try:
             _write(self.path, render(run))
@@ -288,12 +292,14 @@ class ReportCallback(TrainerCallback):
         """The points of the run up to the step that it goes on from."""
         try:
             kept = json.loads(self.path.with_suffix(".json").read_text(encoding="utf-8"))
-            speed, probe = ([p for p in kept[name] if p["step"] <= run.step] for name in ("speed", "probe"))
             spent = float(kept["spent"])
-        except (OSError, ValueError, TypeError, KeyError):
+            speed, probe = ([p for p in kept[name] if p["step"] <= run.step] for name in ("speed", "probe"))
+            whole = all(p.keys() >= _SPEED for p in speed) and all({*Measured._fields} <= p.keys() for p in probe)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return  # another folder, or the file of something else
-        run.speed, run.probe, run.spent = speed, probe, spent
-        run.elapsed = speed[-1]["elapsed"] if speed else 0.0
+        if whole:
+            run.speed, run.probe, run.spent = speed, probe, spent
+            run.elapsed = speed[-1]["elapsed"] if speed else 0.0
 
 
 def _write(path: Path, text: str) -> None:
