@@ -369,8 +369,8 @@ section { margin-top: 2.4rem }
 @media (min-width: 64rem) { .summary { grid-template-columns: 1.5fr 1.1fr 1fr } }
 table { border-collapse: collapse; width: 100%; font-size: .9rem }
 th, td { padding: .3rem 0; border-top: 1px solid var(--line); text-align: left; vertical-align: top; font-weight: 400 }
-th[scope=row] { color: var(--soft); padding-right: 1.2rem; white-space: nowrap }
-.numbers th[scope=row] { white-space: normal }
+th[scope=row] { color: var(--soft); padding-right: 1.2rem }
+@media (min-width: 40rem) { table:not(.numbers) th { white-space: nowrap } }
 .numbers td, th[scope=col] { text-align: right; padding-left: 1rem; white-space: nowrap }
 thead th, thead td { border-top: 0; color: var(--soft) }
 table + .note { margin-top: .5rem }

@@ -87,9 +87,9 @@ def draw(
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(FuncFormatter(_tick))
-        low, high = axes.get_ylim()
         if from_zero:
-            axes.set_ylim(min(0.0, low if low < -0.06 * high else 0.0), high if high > 0 else 1)
+            lowest, highest = axes.dataLim.intervaly
+            axes.set_ylim(min(0.0, 1.05 * lowest), 1.05 * highest if highest > 0 else 1.0)
     low, high = x_range or axes.get_xlim()
     axes.set_xlim(low, high if high > low else low + 1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

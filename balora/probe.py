@@ -14,10 +14,9 @@ from .config import BALoraConfig
 from .modeling import attachment
 from .pissa import teacher
 
-TOKENS = 512  # that are measured, at most
+TOKENS = 256  # that are measured, at most
 ROWS = 32  # that they are taken from, at most
 SINGULAR_VALUES = 64
-_SPECTRUM_TOKENS = 256  # whose logits the singular values are of, at most
 _HELD_ENTRIES = 2**24  # of logits, where the model gives nothing else
 _TILE = 2**13  # columns of the logits at a time
 
@@ -41,7 +40,7 @@ class Probe:
     Args:
         model: attached by ``balora.attach``, perhaps wrapped since.
         rows: examples with ``input_ids`` and ``labels`` (−100: not scored), as lists or tensors [S]. They are taken
-            from the first on, up to 512 scored tokens or 32 rows; the last one is cut.
+            from the first on, up to 256 scored tokens or 32 rows; the last one is cut.
         autocast: the type of the training's autocast, None without one.
 
     Raises:
@@ -83,7 +82,7 @@ class Probe:
         found = functional.linear_objective(hidden, self._teacher_hidden, head, labels, self.config)
         assert found.consistency is not None
         assert found.diversity is not None
-        spectrum = _spectrum(_tiles(hidden[:_SPECTRUM_TOKENS], head))
+        spectrum = _spectrum(_tiles(hidden, head))
         return Measured(found.ce.item(), found.consistency.item(), -found.diversity.item(), spectrum)
 
     def _hidden(self) -> Tensor:
@@ -113,7 +112,7 @@ class Probe:
             negative_entropy = functional.diversity_loss(z, top_k=top_k)
             sums += len(z) * torch.stack([ce, kl, negative_entropy]).double().cpu()
             if not held:
-                room = min(_SPECTRUM_TOKENS, max(_HELD_ENTRIES // z.shape[1], SINGULAR_VALUES))
+                room = max(_HELD_ENTRIES // z.shape[1], SINGULAR_VALUES)
             held.append(z[:room].clone())
             room -= len(held[-1])
         ce, kl, negative_entropy = sums / self.tokens

@@ -25,7 +25,7 @@ from .probe import ROWS, Measured, Probe
 _WAIT = 10.0  # seconds between two drawings, at least
 _DRAWING = 0.01  # of the time, at most, spent on drawing
 _PROBES = 20  # while the model is trained, at most
-_PROBING = 0.02  # of the time, at most, spent on those
+_PROBING = 0.03  # of the time, at most, spent on those
 _SPEED = {"step", "steps", "tokens", "seconds", "elapsed", "host"}  # what each point of speed and memory has
 _POINTS = 2000  # of speed and memory, kept at most
 _log = logging.getLogger(__name__)
@@ -56,8 +56,8 @@ class ReportCallback(TrainerCallback):
 
     The page is written at the first log, at later logs when 10 s have passed (more where drawing would take over 1 % of
     the time), and at the end; it replaces the one before at once. It shows what the Trainer logs, the speed in trained
-    tokens, peak memory, and a probe: at most 512 tokens of fixed rows, forwarded before the training, up to 20 times in
-    it (over 2 % of the time is not spent on that) and after it: cross-entropy, KL to the pre-trained model, entropy and
+    tokens, peak memory, and a probe: at most 256 tokens of fixed rows, forwarded before the training, up to 20 times in
+    it (no more than 3 % of the time) and after it: cross-entropy, KL to the pre-trained model, entropy and
     the singular values of the logits. The training is bit for bit the same with it and without. What cannot be had
     from the Trainer's log is kept beside the page in ``report.json``, from which a resumed run goes on.
 
@@ -150,7 +150,9 @@ class ReportCallback(TrainerCallback):
             self._count_seconds()
             self._note_speed(args, state)
             now, left = time.perf_counter(), state.max_steps - state.global_step
-            if left and self._probe_is_due(state, now):
+            if not left:
+                return  # the end draws
+            if self._probe_is_due(state, now):
                 self._measure(state.global_step)
             wait = max(_WAIT, self._drawing_took / _DRAWING)
             if self._drawn_at is None or now - self._drawn_at >= wait:
@@ -281,9 +283,10 @@ class ReportCallback(TrainerCallback):
             _write(self.path, render(run))
             self._keep(run)
         finally:
-            self._drawn_at = time.perf_counter()
-            self._drawing_took = self._drawn_at - begun
-            run.spent += self._drawing_took
+            took = time.perf_counter() - begun
+            self._drawing_took = 0.0 if self._drawn_at is None else took  # the first one loads fonts
+            self._drawn_at = begun + took
+            run.spent += took
 
     def _keep(self, run: Run) -> None:
         _write(self.path.with_suffix(".json"), json.dumps({"spent": run.spent, "speed": run.speed, "probe": run.probe}))

@@ -262,6 +262,14 @@ def test_a_curve_is_where_its_values_are():
     assert "currentColor" in svg
 
 
+@pytest.mark.parametrize(("values", "bottom"), [([0.0, 0.0], "0"), ([5.0, 6.0], "0"), ([-1.0, 2.0], "−1")])
+def test_an_axis_from_zero(values, bottom):
+    svg = draw([Curve("", "#123456", [0, 1], values)], "", x_range=(0, 1), from_zero=True)
+    ticks = [text for text in re.findall(r"text-anchor: end[^>]*>([^<]*)</text>", svg) if text != "step"]
+    assert ticks[0] == bottom
+    assert len(ticks) >= 3
+
+
 def test_values_that_are_not_finite_leave_a_gap():
     svg = draw([Curve("", "#123456", range(5), [1.0, math.nan, 2.0, math.inf, 1.0])], "")
     assert "nan" not in svg.lower()

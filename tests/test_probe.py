@@ -148,16 +148,16 @@ def test_the_modes_are_restored_after_an_error(monkeypatch):
     assert all(m.training for m in model.modules())
 
 
-def test_it_takes_512_tokens_and_32_rows_at_most():
+def test_it_takes_256_tokens_and_32_rows_at_most():
     model = trained()
     one = [dict(input_ids=[1, 2, 3], labels=[-100, -100, 3])]
     many = Probe(model, one * 100)
     assert (many.tokens, len(many.rows)) == (32, 32)
     ids = list(range(1, 62))
     long = Probe(model, [dict(input_ids=ids, labels=ids)] * 20)
-    assert (long.tokens, len(long.rows)) == (512, 9)
-    assert [len(scored) for _, _, scored in long.rows] == [60] * 8 + [32]
-    assert len(long.rows[-1][0]) == 32  # cut: nothing is forwarded that is not scored
+    assert (long.tokens, len(long.rows)) == (256, 5)
+    assert [len(scored) for _, _, scored in long.rows] == [60] * 4 + [16]
+    assert len(long.rows[-1][0]) == 16  # cut: nothing is forwarded that is not scored
     assert Probe(model, [dict(input_ids=[1, 2], labels=[-100, -100]), *one]).tokens == 1
 
 
