@@ -131,7 +131,8 @@ def test_trained_tokens_are_counted(tmp_path):
     assert all(p["seconds"] > 0 and 1e7 < p["host"] < 1e12 for p in speed)
 
 
-def test_a_step_that_is_no_step_does_not_count_as_training(tmp_path, monkeypatch):
+@pytest.mark.parametrize("other", ["eval", "save"])
+def test_evaluations_and_checkpoints_do_not_count_as_training(tmp_path, monkeypatch, other):
     now = [0.0]
     monkeypatch.setattr(report.time, "perf_counter", lambda: now[0])
 
@@ -145,11 +146,11 @@ def test_a_step_that_is_no_step_does_not_count_as_training(tmp_path, monkeypatch
         on_save = on_evaluate
 
     callback = ReportCallback(tmp_path / "report.html")
-    options = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, logging_steps=4)
+    options = {f"{other}_strategy": "steps", f"{other}_steps": 1, "logging_steps": 4}
     run = build(tmp_path, [Slow(), callback], eval_dataset=examples(4), **options)
     run.train()
     assert [p["seconds"] for p in kept(tmp_path)["speed"]] == [4.0, 4.0]
-    assert kept(tmp_path)["speed"][-1]["elapsed"] > 1000
+    assert kept(tmp_path)["speed"][-1]["elapsed"] > 700
 
 
 def test_plain_trainer_and_evaluations(tmp_path, eager):
@@ -252,6 +253,15 @@ def test_a_run_that_is_stopped_and_resumed_shows_all_of_it(tmp_path, eager):
     assert kept(tmp_path / "whole")["probe"] == after["probe"]
 
 
+def test_a_checkpoint_keeps_the_points_that_no_page_has_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_WAIT", 1e9)
+    options = dict(save_strategy="steps", save_steps=3, logging_steps=1)
+    killed = build(tmp_path, [ReportCallback(tmp_path / "report.html"), Break(5)], **options)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    assert [p["step"] for p in kept(tmp_path)["speed"]] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("found", ["", "[]", '{"speed": 3}', '{"speed": [{"step": 1}], "probe": [], "spent": 0}'])
 def test_a_file_of_something_else_beside_the_page_is_passed_over(tmp_path, found):
     options = dict(save_strategy="steps", save_steps=4)
@@ -271,11 +281,18 @@ def test_a_new_run_does_not_take_up_the_points_of_an_old_one(tmp_path):
 
 def test_many_points_are_merged(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "_POINTS", 4)
-    run = build(tmp_path, [ReportCallback(tmp_path / "report.html")], logging_steps=1, max_steps=11)
+    now = [0.0]
+    monkeypatch.setattr(report.time, "perf_counter", lambda: now[0])
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            now[0] += 1.0
+
+    run = build(tmp_path, [Clock(), ReportCallback(tmp_path / "report.html")], logging_steps=1, max_steps=11)
     run.train()
     speed = kept(tmp_path)["speed"]
     assert len(speed) <= 5
-    assert sum(p["steps"] for p in speed) == 11
+    assert sum(p["steps"] for p in speed) == sum(p["seconds"] for p in speed) == 11
     assert speed[-1]["step"] == 11
     assert [p["step"] for p in speed] == sorted(p["step"] for p in speed)
 
