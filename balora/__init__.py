@@ -41,6 +41,7 @@ _LAZY = {
     "export_lora": "pissa",
     "get_pissa_model": "pissa",
     "teacher": "pissa",
+    "report": None,
     "trainer": None,
 }
 _PACKAGES = {"yaml": "pyyaml"}  # packages whose name is not that of their module

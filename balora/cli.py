@@ -52,7 +52,8 @@ def _train_arguments(trainer: Any, argv: list[str]) -> tuple[dict[str, Any], tup
         usage="balora train --model DIR_OR_NAME --data FILE --output_dir DIR [options]\n"
         "       balora train recipe.yaml [options]",
         description="Fine-tune a causal language model with PiSSA adapters and the BA-LoRA objective. A recipe is a "
-        "YAML file of the same options; options on the command line win. The trained LoRA goes to OUTPUT_DIR/lora.",
+        "YAML file of the same options; options on the command line win. The trained LoRA goes to OUTPUT_DIR/lora, a "
+        "page with plots of the run to OUTPUT_DIR/report.html.",
         allow_abbrev=False,
     )
     parser.set_defaults(**trainer.TRAINING_DEFAULTS)

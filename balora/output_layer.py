@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import peft
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from . import reference
 from .adapters import form_of, frozen, initial_scaling
 from .functional import LinearHead
-from .pissa import teacher
+from .pissa import evaluating, teacher
 
 Adapter = tuple[Tensor, Tensor, float]  # A, B, s
 
@@ -117,7 +115,7 @@ def difference(peft_model: peft.PeftModel, heads: Heads) -> str | None:
     if head.weight.device.type == "meta":
         return None
     tokens = torch.arange(min(8, len(head.weight)), device=base.get_input_embeddings().weight.device)[None]  # [1, S]
-    for head, mode in ((heads.student, _evaluation), (heads.teacher or heads.student, teacher)):
+    for head, mode in ((heads.student, evaluating), (heads.teacher or heads.student, teacher)):
         with torch.no_grad(), mode(peft_model):
             logits = base(input_ids=tokens, use_cache=False).logits  # [1, S, V]
             hidden = base.base_model(input_ids=tokens, use_cache=False).last_hidden_state
@@ -131,16 +129,3 @@ def difference(peft_model: peft.PeftModel, heads: Heads) -> str | None:
         if not error <= allowed:
             return f"its logits are not those of a linear head (difference {error:.3g}, allowed {allowed:.3g})"
     return None
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module's own mode afterwards."""
-    in_training = [m for m in model.modules() if m.training]
-    try:
-        for m in in_training:
-            m.training = False
-        yield
-    finally:
-        for m in in_training:
-            m.training = True

@@ -238,20 +238,29 @@ def teacher(model: nn.Module) -> Iterator[None]:
     residual = [m for m in switched if form_of(m) == "residual"]
     disabled = [m._disable_adapters for m in switched]
     selected = [(m.initial_selected, m._active_adapter) for m in residual]
-    in_training = [m for m in model.modules() if m.training]
     try:
         for m in switched:
             m._disable_adapters = True
         for m in residual:
             m._disable_adapters, m.initial_selected, m._active_adapter = False, True, [ADAPTER]
-        for m in in_training:
-            m.training = False
-        yield
+        with evaluating(model):
+            yield
     finally:
         for m, was in zip(switched, disabled, strict=True):
             m._disable_adapters = was
         for m, (initial, active) in zip(residual, selected, strict=True):
             m.initial_selected, m._active_adapter = initial, active
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block; on leaving, every module is in the mode that it was in."""
+    in_training = [m for m in model.modules() if m.training]
+    try:
+        for m in in_training:
+            m.training = False
+        yield
+    finally:
         for m in in_training:
             m.training = True
 

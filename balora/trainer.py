@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from . import data
+from . import _import, data
 from .config import BALoraConfig
 from .modeling import attach, attachment, set_progress
 from .pissa import export_lora, get_pissa_model
@@ -99,6 +99,8 @@ class BALoraMixin:
 class BALoraTrainer(BALoraMixin, Trainer):
     """Hugging Face's Trainer for an attached model."""
 
+    report: Any = None  # the ReportCallback of ``balora train``
+
 
 @dataclass
 class RunArguments:
@@ -141,6 +143,7 @@ TRAINING_DEFAULTS = {
 }
 RECIPE = "recipe.yaml"
 LORA = "lora"
+REPORT = "report.html"
 
 
 def setup(
@@ -206,6 +209,9 @@ def setup(
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=data.IGNORE_INDEX),
         processing_class=tokenizer,
     )
+    about = {"Model": run.model, "Training data": f"{run.data}: {train_set.summary()}"}
+    about["Evaluation data"] = f"{run.eval_data}: {eval_set.summary()}" if eval_set else "none"
+    _add_report(trainer, about, recipe)
     if recipe is not None:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)
         (Path(training.output_dir) / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
@@ -214,7 +220,12 @@ def setup(
 
 def train(trainer: BALoraTrainer, checkpoint: str | None) -> Path:
     """Train, from ``checkpoint`` if there is one, and write the LoRA to ``<output_dir>/lora``; returns that folder."""
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except BaseException as error:
+        if trainer.report is not None:
+            trainer.report.stop(error, trainer.state)
+        raise
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
@@ -226,7 +237,22 @@ def train(trainer: BALoraTrainer, checkpoint: str | None) -> Path:
     if trainer.args.should_save:
         export_lora(trainer.accelerator.unwrap_model(trainer.model), folder)
         print(f"LoRA:  {folder} (load it with peft.PeftModel.from_pretrained; the checkpoints are for resuming only)")
+    if trainer.report is not None and trainer.report.written:
+        print(f"report: {trainer.report.path}", flush=True)
     return folder
+
+
+def _add_report(trainer: BALoraTrainer, about: dict[str, str], recipe: dict[str, Any] | None) -> None:
+    try:
+        report = _import("report")
+    except ImportError as error:
+        print(f"report: none of this run; {error}", flush=True)
+        return
+    folder = Path(str(trainer.args.output_dir))
+    about = {**about, "Output folder": str(folder)}
+    held_out = trainer.eval_dataset  # None: the report takes rows of the training data
+    trainer.report = report.ReportCallback(folder / REPORT, held_out, about, {"Recipe": recipe} if recipe else None)
+    trainer.add_callback(trainer.report)
 
 
 def _checkpoint(training: TrainingArguments) -> str | None:

@@ -79,6 +79,7 @@ def main() -> None:
     print(f"{'training: peak memory (GB)':48}{'':12}{peak / 1e9:12.2f}")
     print(f"{'training: seconds a step':48}{'':12}{runtime / arguments.steps:12.2f}")
     print(f"\nThe trained LoRA: {arguments.output_dir / 'run' / 'lora'}")
+    print(f"The report of the training, with plots: {arguments.output_dir / 'run' / 'report.html'}")
     print(f"All of it took {time.perf_counter() - started:.0f} s on {torch.get_num_threads()} threads.")
 
 

@@ -1,0 +1,388 @@
+"""The page of a run: one HTML file that loads nothing, from plain values."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from html import escape
+from typing import Any
+
+from .config import BALoraConfig
+from .plots import Curve, draw, number
+
+RELOAD = 10  # seconds
+
+# One color a quantity, in every plot; each readable on white and on black.
+_LOSS, _CE, _EVAL, _PROBE = "#4a86d8", "#0f98a6", "#9a6dd7", "#c0569d"
+_CONSISTENCY, _DIVERSITY, _SVD, _NEUTRAL, _PRE_TRAINED = "#d07a1c", "#2e9b62", "#d9534f", "#6f7f99", "#8a8f98"
+_TERMS = (
+    ("consistency", "λ₁", _CONSISTENCY, "T² · KL to the pre-trained model, at temperature T"),
+    ("diversity", "λ₂", _DIVERSITY, "negative entropy of the most likely tokens"),
+    ("svd", "λ₃", _SVD, "leading singular values over ‖Z‖, negative"),
+)
+_NATS = "nats a token"
+
+
+@dataclass
+class Run:
+    """What is known of a run so far."""
+
+    about: dict[str, str]  # model, data and so on, in the words of the user
+    settings: dict[str, Mapping[str, Any]]
+    config: BALoraConfig
+    step: int = 0
+    max_steps: int = 0
+    status: str = "running"  # "running", "finished" or "stopped"
+    reason: str = ""  # why it was stopped
+    seconds_left: float | None = None
+    silence: float = 300.0  # seconds without a new page after which a running run is taken for dead
+    elapsed: float = 0.0  # seconds, evaluations and checkpoints included
+    spent: float = 0.0  # of them, seconds that the probe and this page took
+    history: list[dict[str, Any]] = field(default_factory=list)  # the Trainer's log_history
+    speed: list[dict[str, float]] = field(default_factory=list)  # step, steps, tokens, seconds, host, device (bytes)
+    before: dict[str, Any] | None = None  # the probe of the pre-trained model: ce, entropy, spectrum
+    probe: list[dict[str, Any]] = field(default_factory=list)  # step, ce, kl, entropy, spectrum
+    probe_rows: str = ""  # which rows the probe is of
+    no_probe: str = ""  # why there is none
+    processes: int = 1
+
+
+def render(run: Run) -> str:
+    """The page, HTML. Every text of the user is escaped."""
+    title = run.about.get("Model", "").rstrip("/\\").replace("\\", "/").rpartition("/")[2] or "a model"
+    running = run.status == "running"
+    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    head = [
+        '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">',
+        f'<noscript><meta http-equiv="refresh" content="{RELOAD}"></noscript>' if running else "",
+        f"<title>{escape(_short_status(run))} · {escape(title)} · balora</title>",
+        f"<style>{_STYLE}</style>",
+    ]
+    settings = "".join(
+        f"<h3>{escape(name)}</h3>{_table('', [(key, [_setting(key, value)]) for key, value in values.items()], ())}"
+        for name, values in run.settings.items()
+    )
+    body = [
+        f"<header><p class=kicker>BA-LoRA run</p><h1>{escape(title)}</h1>{_status(run)}</header><main>",
+        f"<section aria-label=Summary class=summary>{_summary(run)}</section>",
+        *_plots(run),
+        f"<details><summary>Settings of the run</summary><div class=settings>{settings}</div></details>",
+        f"</main><script>{_SCRIPT}</script>" if running else "</main>",
+    ]
+    return "<!DOCTYPE html>\n<html lang=en><head>{}</head>\n<body>{}</body></html>\n".format(
+        "\n".join(filter(None, head)), "\n".join(body)
+    )
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def _short_status(run: Run) -> str:
+    if run.status == "finished":
+        return "finished"
+    return f"{'stopped at ' if run.status == 'stopped' else ''}step {run.step} of {run.max_steps}"
+
+
+def _status(run: Run) -> str:
+    now = time.time()
+    written = datetime.fromtimestamp(now).astimezone()
+    place = f"step {run.step:,} of {run.max_steps:,}"
+    if run.status == "finished":
+        text = f"Finished: {run.step:,} steps in {duration(run.elapsed)}."
+        if run.step < run.max_steps:
+            text = f"Finished early, at {place}, after {duration(run.elapsed)}."
+    elif run.status == "stopped":
+        text = f"Stopped at {place}, after {duration(run.elapsed)}: {run.reason}"
+    else:
+        left = "" if run.seconds_left is None else f", about {duration(run.seconds_left)} left"
+        text = f"Running: {place}{left}."
+    stamp = f"<time datetime={written.isoformat(timespec='seconds')}>{written:%Y-%m-%d %H:%M:%S}</time>"
+    live = ""
+    if run.status == "running":
+        live = f" The page reloads itself every {RELOAD} s; if that time stands still, the run ended there."
+    return (
+        f"<div id=status class={run.status} data-dead={now + run.silence:.0f} data-place='{escape(place)}'>"
+        f"<progress aria-label='Progress of the run' max={max(run.max_steps, 1)} value={run.step}></progress>"
+        f"<p class=state role=status>{escape(text)}</p></div><p class=note>Written {stamp}.{live}</p>"
+    )
+
+
+# ---- the summary ----
+
+
+def _summary(run: Run) -> str:
+    logs = [h for h in run.history if "loss" in h]
+    evaluations = [h for h in run.history if "eval_loss" in h]
+    rows = [("loss", _ends(h["loss"] for h in logs)), ("CE", _ends(h["ce"] for h in logs if "ce" in h))]
+    for name, _, _, _ in _TERMS:
+        rows.append((name if name != "svd" else "SVD", _ends(h[name] for h in logs if name in h)))
+    if evaluations:
+        for key in evaluations[-1]:
+            if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second", "_steps")):
+                values = [h[key] for h in evaluations if key in h]
+                name = key.replace("_", " ")
+                rows.append((name, _ends(values) if len(values) > 1 else ["", number(float(values[0]))]))
+    if run.before and run.probe:
+        last = run.probe[-1]
+        rows.append(("probe: CE", [number(run.before["ce"]), number(last["ce"])]))
+        rows.append(("probe: KL to the pre-trained model", [number(0.0), number(last["kl"])]))
+        rows.append((f"probe: entropy, {_entropy_of(run)}", [number(run.before["entropy"]), number(last["entropy"])]))
+    about = [(name, [value]) for name, value in run.about.items()]
+    about.append(("Steps", [f"{run.step:,} of {run.max_steps:,}"]))
+    return (
+        _table("Run", about, ())
+        + _table("Results", rows, ("", "first", "last"), "nats a token, the SVD term a ratio")
+        + _table("Cost", _cost(run), ())
+    )
+
+
+def _cost(run: Run) -> list[tuple[str, list[str]]]:
+    seconds, tokens, steps = (sum(p[name] for p in run.speed) for name in ("seconds", "tokens", "steps"))
+    each = " (of this process)" if run.processes > 1 else ""
+    rows = []
+    if seconds and tokens:
+        rows.append(("trained tokens a second" + each, [number(tokens / seconds)]))
+    if seconds:
+        rows.append(("seconds a step", [number(seconds / steps)]))
+    if run.speed:
+        last = run.speed[-1]
+        if "device" in last:
+            rows.append(("peak memory, device" + each, [f"{last['device'] / 1e9:.2f} GB"]))
+        rows.append(("peak memory, host" + each, [f"{last['host'] / 1e9:.2f} GB"]))
+    rows.append(("wall time", [duration(run.elapsed)]))
+    if run.elapsed:
+        rows.append(("probe and this page", [f"{duration(run.spent)} ({run.spent / run.elapsed:.1%})"]))
+    return rows
+
+
+def _ends(values: Iterable[Any]) -> list[str]:
+    found = [float(v) for v in values]
+    return [number(found[0]), number(found[-1])] if found else ["–", "–"]
+
+
+def _entropy_of(run: Run) -> str:
+    return "whole vocabulary" if run.config.diversity == "full" else f"top {run.config.entropy_top_k}"
+
+
+def _table(title: str, rows: Sequence[tuple[str, Sequence[str]]], columns: Sequence[str], note: str = "") -> str:
+    head = "".join(f"<th scope=col>{escape(c)}</th>" if c else "<td></td>" for c in columns)
+    body = "".join(
+        f"<tr><th scope=row>{escape(name)}</th>{''.join(f'<td>{escape(v)}</td>' for v in values)}</tr>"
+        for name, values in rows
+    )
+    title = f"<h2>{escape(title)}</h2>" if title else ""
+    note = f"<p class=note>{escape(note)}</p>" if note else ""
+    kind = " class=numbers" if columns else ""
+    return f"<div>{title}<table{kind}>{f'<thead><tr>{head}</tr></thead>' if head else ''}{body}</table>{note}</div>"
+
+
+def _setting(name: str, value: Any) -> str:
+    if name.endswith("_token") and value:
+        return "(a secret, left out)"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+# ---- the plots ----
+
+
+def _plots(run: Run) -> list[str]:
+    logs = [h for h in run.history if "loss" in h]
+    evaluations = [h for h in run.history if "eval_loss" in h]
+    x_range = (0.0, float(max(run.step, 1)))
+    before = run.before or {}
+    no_log = "Nothing has been logged yet."
+    no_probe = f"Not measured: {run.no_probe}" if run.no_probe else "Not measured yet."
+
+    def logged(name: str, label: str, color: str, weight: str | None = None) -> Curve:
+        found = [h for h in logs if name in h and (weight is None or weight in h)]
+        values = [float(h[name]) * (1.0 if weight is None else h[weight]) for h in found]
+        return Curve(label, color, [h["step"] for h in found], values)
+
+    def probed(name: str, label: str, color: str) -> Curve:
+        return Curve(label, color, [p["step"] for p in run.probe], [p[name] for p in run.probe])
+
+    def level(name: str, label: str) -> Curve:
+        value = before.get(name, math.nan)
+        return Curve(label, _PRE_TRAINED, x_range, [value, value], dashed=True)
+
+    evaluated = Curve(
+        "eval loss", _EVAL, [h["step"] for h in evaluations], [float(h["eval_loss"]) for h in evaluations]
+    )
+    losses = [
+        logged("loss", "loss", _LOSS)._replace(width=2.8),  # CE lies on it
+        logged("ce", "CE", _CE),
+        evaluated,
+        probed("ce", "probe CE", _PROBE),
+    ]
+    names = {name: "SVD" if name == "svd" else name for name, *_ in _TERMS}
+    shares = [logged(name, names[name], color, f"lambda_{name}") for name, _, color, _ in _TERMS]
+    weights = [logged(f"lambda_{name}", symbol, color) for name, symbol, color, _ in _TERMS]
+    sigma = []
+    if before.get("spectrum") and run.probe and run.probe[-1]["spectrum"]:
+        for label, color, values in (
+            ("pre-trained", _PRE_TRAINED, before["spectrum"]),
+            ("now" if run.status == "running" else "after", _SVD, run.probe[-1]["spectrum"]),
+        ):
+            sigma.append(Curve(label, color, range(1, len(values) + 1), values, dashed=label == "pre-trained"))
+    tokens = [p for p in run.speed if p["tokens"] and p["seconds"]]
+    speed = Curve("", _NEUTRAL, [p["step"] for p in tokens], [p["tokens"] / p["seconds"] for p in tokens])
+    memory = [
+        Curve(name, color, [p["step"] for p in run.speed if name in p], [p[name] / 1e9 for p in run.speed if name in p])
+        for name, color in (("device", _LOSS), ("host", _NEUTRAL))
+    ]
+
+    def figure(title: str, note: str, curves: Sequence[Curve], unit: str, empty: str, from_zero: bool = False) -> str:
+        return _figure(title, note, curves, unit, empty, x_range=x_range, from_zero=from_zero)
+
+    no_norm = "The Trainer logs no gradient norm in this run." if logs else no_log
+    no_token = "No token has been counted." if logs else no_log
+    kl, entropy = "KL(pre-trained ‖ fine-tuned), temperature 1", f"of the next token, {_entropy_of(run)}"
+    entropies = [probed("entropy", "fine-tuned", _DIVERSITY), level("entropy", "pre-trained")]
+    spectrum = ("Spectrum of the logits", "singular values over their Frobenius norm", sigma, "σᵢ / ‖Z‖", no_probe)
+    sections = {
+        "Loss": [
+            figure("Loss", "CE + Σ λ · term, and the cross-entropy in it", losses, _NATS, no_log),
+            figure("Weighted terms", "λ · term, what each adds to the loss", shares, _NATS, no_log),
+            figure("Weights", "λ₁ consistency, λ₂ diversity, λ₃ SVD", weights, "λ", no_log, from_zero=True),
+        ],
+        "Regularizers, unweighted": [
+            figure(
+                f"{names[name][0].upper()}{names[name][1:]} term",
+                note,
+                [logged(name, "", color)],
+                "ratio" if name == "svd" else _NATS,
+                _why_empty(run, name, symbol) or no_log,
+            )
+            for name, symbol, color, note in _TERMS
+        ],
+        "Distance from the pre-trained model": [
+            figure(
+                "KL to the pre-trained model", kl, [probed("kl", "", _CONSISTENCY)], _NATS, no_probe, from_zero=True
+            ),
+            figure("Entropy", entropy, entropies, "nats", no_probe),
+            _figure(*spectrum, x_label="i", log=True),
+        ],
+        "Optimization": [
+            figure("Learning rate", "", [logged("learning_rate", "", _NEUTRAL)], "", no_log, from_zero=True),
+            figure(
+                "Gradient norm", "before clipping", [logged("grad_norm", "", _NEUTRAL)], "", no_norm, from_zero=True
+            ),
+        ],
+        "Cost": [
+            figure("Speed", "without evaluations and checkpoints", [speed], "trained tokens a second", no_token, True),
+            figure("Peak memory", "so far", memory, "GB", no_log, from_zero=True),
+        ],
+    }
+    notes = {"Distance from the pre-trained model": f"Probe: {run.probe_rows}." if run.probe_rows else ""}
+    return [
+        f"<section><h2>{escape(name)}</h2>{f'<p class=note>{escape(notes[name])}</p>' if notes.get(name) else ''}"
+        f"<div class=plots>{''.join(figures)}</div></section>"
+        for name, figures in sections.items()
+    ]
+
+
+def _figure(title: str, note: str, curves: Sequence[Curve], unit: str, empty: str, **options: Any) -> str:
+    """One plot, or in its place why there is none. Each curve is labelled with its name and its last value."""
+    shown, heard = [], []
+    for curve in curves:
+        finite = [v for v in curve.y if math.isfinite(v)]
+        if not finite:
+            continue
+        last = number(finite[-1], 3)
+        shown.append(curve._replace(label=f"{curve.label} {last}".strip()) if options.get("log") is None else curve)
+        heard.append(f"{curve.label or unit or title} from {number(finite[0], 3)} to {last}")
+    caption = f"<figcaption><h3>{escape(title)}</h3>{f'<p>{escape(note)}</p>' if note else ''}</figcaption>"
+    if not shown:
+        return f"<figure>{caption}<p class=empty>{escape(empty)}</p></figure>"
+    label = escape(f"{title}: {'; '.join(heard)}", quote=True)
+    return f'<figure>{caption}<div role=img aria-label="{label}">{draw(shown, unit, **options)}</div></figure>'
+
+
+def _why_empty(run: Run, name: str, symbol: str) -> str:
+    config = run.config
+    if getattr(config, f"lambda_{name}") == 0:
+        return f"{symbol} is 0 in this run: the term is not computed."
+    if name != "consistency" and config.focus_schedule == "two_phase" and config.focus_warmup:
+        begins = math.ceil(config.focus_warmup * run.max_steps)
+        return (
+            f"{symbol} is 0 for the first {config.focus_warmup:.0%} of the steps: the term begins after step {begins}."
+        )
+    return ""
+
+
+# A page that nobody writes any more says so: a killed process cannot.
+_SCRIPT = (
+    f"const wait = {1000 * RELOAD};"
+    + """
+const s = document.getElementById('status');
+if (Date.now() / 1000 < s.dataset.dead) setTimeout(() => location.reload(), wait);
+else {
+  s.className = 'stopped';
+  s.querySelector('.state').textContent = 'No sign of life: the run seems to have ended at ' + s.dataset.place + '.';
+}
+"""
+)
+
+_STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #22262d; --soft: #5d6673; --line: #e3e6ea; --accent: #2f6fc4;
+  --good: #23804f; --bad: #b93a36 }
+@media (prefers-color-scheme: dark) { :root { --paper: #15171b; --ink: #e2e5ea; --soft: #9aa3b0; --line: #2c3038;
+  --accent: #6ea4ea; --good: #5cc08c; --bad: #ee8480 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 2rem clamp(1rem, 4vw, 3rem) 4rem; max-width: 86rem; background: var(--paper);
+  color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  font-variant-numeric: tabular-nums }
+h1, td, .state { overflow-wrap: anywhere }
+h1, h2, h3, p { margin: 0 }
+h1 { font-size: 1.75rem; line-height: 1.2; font-weight: 650 }
+h2 { font-size: 1.05rem; font-weight: 650; margin-bottom: .6rem }
+h3 { font-size: .95rem; font-weight: 600 }
+.kicker, .note, figcaption p { color: var(--soft); font-size: .85rem }
+#status { margin: 1rem 0 .3rem }
+progress { display: block; width: 100%; height: .4rem; border: 0; border-radius: .2rem; background: var(--line);
+  accent-color: var(--accent); overflow: hidden; appearance: none; margin-bottom: .6rem }
+progress::-webkit-progress-bar { background: var(--line) }
+progress::-webkit-progress-value { background: var(--accent) }
+progress::-moz-progress-bar { background: var(--accent) }
+.finished progress::-webkit-progress-value { background: var(--good) }
+.finished progress::-moz-progress-bar { background: var(--good) }
+.stopped progress::-webkit-progress-value { background: var(--bad) }
+.stopped progress::-moz-progress-bar { background: var(--bad) }
+.state { font-size: 1.1rem; font-weight: 600 }
+.finished .state { color: var(--good) }
+.stopped .state { color: var(--bad) }
+section { margin-top: 2.4rem }
+.summary { display: grid; gap: 2rem 3rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)) }
+@media (min-width: 64rem) { .summary { grid-template-columns: 1.5fr 1.1fr 1fr } }
+table { border-collapse: collapse; width: 100%; font-size: .9rem }
+th, td { padding: .3rem 0; border-top: 1px solid var(--line); text-align: left; vertical-align: top; font-weight: 400 }
+th[scope=row] { color: var(--soft); padding-right: 1.2rem }
+@media (min-width: 40rem) { table:not(.numbers) th { white-space: nowrap } }
+.numbers td, th[scope=col] { text-align: right; padding-left: 1rem; white-space: nowrap }
+thead th, thead td { border-top: 0; color: var(--soft) }
+table + .note { margin-top: .5rem }
+.plots { display: grid; gap: 1.8rem 2.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)) }
+section > .note { margin: -.4rem 0 1rem }
+figure { margin: 0 }
+figcaption { margin-bottom: .4rem; min-height: 2.7rem }
+svg { display: block; width: 100%; height: auto; font-family: inherit; overflow: visible }
+.empty { border: 1px dashed var(--line); border-radius: .4rem; color: var(--soft); padding: 2.5rem 1.5rem;
+  text-align: center; font-size: .9rem }
+details { margin-top: 2.4rem; border-top: 1px solid var(--line); padding-top: 1rem }
+summary { cursor: pointer; font-weight: 600 }
+.settings { display: grid; gap: 0 3rem; max-width: 60rem }
+.settings h3 { margin: 1.2rem 0 .4rem }
+"""
