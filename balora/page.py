@@ -376,7 +376,7 @@ thead th, thead td { border-top: 0; color: var(--soft) }
 table + .note { margin-top: .5rem }
 .plots { display: grid; gap: 1.8rem 2.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)) }
 section > .note { margin: -.4rem 0 1rem }
-figure { margin: 0 }
+figure { margin: 0; max-width: 32rem }
 figcaption { margin-bottom: .4rem; min-height: 2.7rem }
 svg { display: block; width: 100%; height: auto; font-family: inherit; overflow: visible }
 .empty { border: 1px dashed var(--line); border-radius: .4rem; color: var(--soft); padding: 2.5rem 1.5rem;
