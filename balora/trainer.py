@@ -21,9 +21,10 @@ from transformers import (
 )
 
 from . import _import, data
+from .adapters import checkpoint_form
 from .config import BALoraConfig
 from .modeling import attach, attachment, set_progress
-from .pissa import export_lora, get_pissa_model
+from .pissa import export_lora, get_pissa_model, principal_errors
 
 _TERMS = ("ce", "consistency", "diversity", "svd")
 
@@ -123,8 +124,17 @@ class RunArguments:
     r: int = field(default=128, metadata={"help": "rank of the PiSSA adapters"})
     lora_alpha: float = field(default=128, metadata={"help": "the adapters' scaling times their rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout in front of the adapters"})
+    form: str = field(
+        default="offset",
+        metadata={"help": "of the adapters: offset (the base weights stay), or residual (W − s·B₀A₀; no dropout)"},
+    )
     target_modules: list[str] | None = field(
-        default=None, metadata={"help": "layers to adapt; unset: q, k, v, o, gate, up and down projections"}
+        default=None,
+        metadata={"help": "layers to adapt; unset: those of attention and dense MLPs, never a router or the head"},
+    )
+    exclude_modules: list[str] | None = field(default=None, metadata={"help": "layers of those to leave out"})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "modules to train in full beside the adapters, such as lm_head"}
     )
     dtype: str = field(
         default="auto",
@@ -193,10 +203,14 @@ def setup(
         lora_alpha=run.lora_alpha,
         lora_dropout=run.lora_dropout,
         target_modules=run.target_modules,
+        form=run.form,
+        exclude_modules=run.exclude_modules,
+        modules_to_save=run.modules_to_save,
     )
     if checkpoint is not None:
-        _check_adapters(model, checkpoint)
+        _check_adapters(model, run.form, checkpoint)
     attach(model, config)
+    print(principal_errors(model).summary, flush=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"model: {trained:,} trained parameters of {sum(p.numel() for p in model.parameters()):,}", flush=True)
 
@@ -299,11 +313,14 @@ def _check_training(training: TrainingArguments) -> None:
     Trainer.get_optimizer_cls_and_kwargs(training)  # raises where the optimizer's package is missing
 
 
-def _check_adapters(model: Any, checkpoint: str) -> None:
+def _check_adapters(model: Any, form: str, checkpoint: str) -> None:
     """A checkpoint goes on with the adapters that it was made with: others would give its factors another meaning."""
+    made = checkpoint_form(checkpoint)
+    if made != form:
+        raise ValueError(f"form: expected {made!r}, as in {checkpoint}, found {form!r}")
     now = model.peft_config["default"].to_dict()
     then = json.loads((Path(checkpoint) / "adapter_config.json").read_text())
-    for name in ("r", "lora_alpha", "target_modules"):
+    for name in ("r", "lora_alpha", "target_modules", "modules_to_save"):
         here, there = (sorted(x[name]) if isinstance(x[name], (list, set)) else x[name] for x in (now, then))
         if here != there:
             raise ValueError(

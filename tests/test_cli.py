@@ -1,11 +1,13 @@
 """The command line: flags, recipes, and errors before anything starts."""
 
 import json
+import shutil
 
 import peft
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from balora import cli
@@ -117,10 +119,31 @@ def test_a_finished_run_is_not_overwritten_and_not_resumed_with_other_adapters(i
     assert "holds the LoRA of an earlier run; name another folder" in capsys.readouterr().err
     values = options(inputs, tmp_path / "again", save_steps=2)
     assert cli.main(["train", *flags(values)]) == 0
-    for name, value in (("r", 3), ("lora_alpha", 1), ("target_modules", "q_proj")):
+    others = {"r": 3, "lora_alpha": 1, "target_modules": "q_proj", "form": "residual", "modules_to_save": "lm_head"}
+    for name, value in others.items():
         changed = {**values, name: value, "resume_from_checkpoint": "true"}
         assert cli.main(["train", *flags(changed)]) == 2
         assert f"error: {name}: expected " in capsys.readouterr().err
+
+
+def test_the_residual_form_and_a_head_that_is_trained(inputs, tmp_path, capsys):
+    values = options(inputs, tmp_path / "run", form="residual", modules_to_save="lm_head", exclude_modules="up_proj")
+    values |= dict(save_steps=2, learning_rate=1e-2)
+    assert cli.main(["train", *flags(values)]) == 0
+    assert "PiSSA: the adapters hold " in capsys.readouterr().out
+    whole = load_file(tmp_path / "run" / "lora" / "adapter_model.safetensors")
+    assert any("lm_head" in name for name in whole)
+    assert not any("up_proj" in name for name in whole)
+    shutil.rmtree(tmp_path / "run" / "lora")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    assert cli.main(["train", *flags(values), "--resume_from_checkpoint", "true"]) == 0
+    resumed = load_file(tmp_path / "run" / "lora" / "adapter_model.safetensors")
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    model = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(inputs / "model"), tmp_path / "run/lora"
+    )
+    assert model.peft_config["default"].r == 8
 
 
 def test_resuming_a_run_that_has_no_checkpoint_starts_it(inputs, tmp_path, capsys):
@@ -139,6 +162,11 @@ BAD = {
     "model": (dict(model="no/such/folder/here"), "no/such/folder/here"),
     "rank": (dict(r=40), "r: expected at most"),
     "alpha": (dict(lora_alpha=0), "lora_alpha: expected a finite number above 0, found 0"),
+    "form": (dict(form="other"), "form: expected 'offset' or 'residual', found 'other'"),
+    "dropout of the residual": (
+        dict(form="residual", lora_dropout=0.1),
+        "lora_dropout: expected 0 with form='residual'",
+    ),
     "dropout": (dict(lora_dropout=1), "lora_dropout: expected at least 0 and below 1, found 1"),
     "dtype": (dict(dtype="int8"), "dtype: expected auto, float32, bfloat16 or float16, found 'int8'"),
     "max_length": (dict(max_length=1), "max_length: expected at least 2 tokens, found 1"),

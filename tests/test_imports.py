@@ -117,6 +117,7 @@ MAY_IMPORT = {
         "transformers",
         "yaml",
         "balora",
+        "balora.adapters",
         "balora.config",
         "balora.data",
         "balora.modeling",

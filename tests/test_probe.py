@@ -61,7 +61,7 @@ def expected(model, examples, top_k):
 def test_the_probe_measures_what_the_equations_say(way, diversity):
     model = trained(BALoraConfig(entropy_top_k=7, diversity=diversity, temperature=3.0))
     if way == "logits":
-        attachment(model)[1].head = None
+        attachment(model)[1].heads = None
     found = Probe(model, rows()).measure()
     ce, kl, entropy, sigma = expected(model, rows(), 7 if diversity == "topk" else None)
     assert found.ce == pytest.approx(ce, rel=1e-5)
@@ -81,7 +81,7 @@ def test_the_pre_trained_model_is_measured_with_the_adapters_off():
     fresh = balora.get_pissa_model(tiny_llama(), r=4)
     balora.attach(fresh, CONFIG)
     assert Probe(fresh, rows()).measure() == before
-    attachment(model)[1].head = None
+    attachment(model)[1].heads = None
     assert Probe(model, rows()).measure(pre_trained=True).ce == pytest.approx(before.ce, rel=1e-6)
 
 
@@ -96,7 +96,7 @@ def test_other_architectures(name):
 
 def test_a_soft_capped_head_with_bias_and_adapter():
     model = trained()
-    head = attachment(model)[1].head
+    head = attachment(model)[1].heads.student
     g = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
     rich = balora.LinearHead(head.weight, draw(97), 2.0, 0.7, (draw(3, 32), draw(97, 3), 0.5))
