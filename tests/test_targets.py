@@ -200,7 +200,7 @@ def test_a_dense_models_down_proj_is_adapted():
         (r".*layers\.1\.self_attn\.q_proj", {"model.layers.1.self_attn.q_proj"}),
         (["layers.0.self_attn.k_proj"], {"model.layers.0.self_attn.k_proj"}),
     ],
-    ids=str,
+    ids=["all-linear", "pattern", "list"],
 )
 def test_patterns_mean_what_they_say_beside_fused_experts(targets, expected):
     """peft alone rewrites them: it keeps the last part of the names, and adds the experts and the router."""
