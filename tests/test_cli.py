@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from balora import cli
 
-from .conftest import TEMPLATE, tiny_checkpoint
+from .architectures import tiny
+from .conftest import TEMPLATE, tiny_checkpoint, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,24 @@ def test_rows_that_are_skipped_are_said_before_training(inputs, tmp_path, capsys
         in printed
     )
     assert "train: warning: 1 of 8 rows were skipped: of 1 max_length=512 cuts the answers away\n" in printed
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "mixtral"])
+def test_train_takes_other_architectures(inputs, tmp_path, capsys, name):
+    tokenizer = tiny_tokenizer(TEMPLATE)
+    changes = {"n_positions": 128} if name == "gpt2" else {"max_position_embeddings": 128}
+    changes |= {"output_router_logits": True} if name == "mixtral" else {}
+    model = tmp_path / "model"
+    tiny(name, vocab_size=len(tokenizer), **changes).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    values = options(inputs, tmp_path / "run", model=model, gradient_checkpointing=True, learning_rate=1e-2)
+    assert cli.main(["train", *flags(values)]) == 0
+    assert f"report: {tmp_path / 'run' / 'report.html'}" in capsys.readouterr().out
+    alone = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "run" / "lora")
+    tokens = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        change = alone(tokens).logits - AutoModelForCausalLM.from_pretrained(model)(tokens).logits
+    assert change.abs().max() > 0.01
 
 
 def test_a_recipe_with_overrides_is_the_same_run_and_is_kept(inputs, tmp_path):
