@@ -210,7 +210,8 @@ def setup(
     if checkpoint is not None:
         _check_adapters(model, run.form, checkpoint)
     attach(model, config)
-    print(principal_errors(model).summary, flush=True)
+    start = principal_errors(model).summary
+    print(start, flush=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"model: {trained:,} trained parameters of {sum(p.numel() for p in model.parameters()):,}", flush=True)
 
@@ -225,6 +226,7 @@ def setup(
     )
     about = {"Model": run.model, "Training data": f"{run.data}: {train_set.summary()}"}
     about["Evaluation data"] = f"{run.eval_data}: {eval_set.summary()}" if eval_set else "none"
+    about["Adapters"] = f"{run.form} form, r = {run.r}, alpha = {run.lora_alpha:g}; {start.removeprefix('PiSSA: ')}"
     _add_report(trainer, about, recipe)
     if recipe is not None:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)
