@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 
 from .config import BALoraConfig
 from .functional import IGNORE_INDEX, BALoraOutput, linear_objective, logits_objective
-from .output_layer import Heads, difference, heads_of
+from .output_layer import Heads, decoder_of, difference, heads_of
 from .pissa import teacher
 
 # peft initializations that write to the base weights: with the adapters off, such a model is not the pre-trained one.
@@ -211,7 +211,7 @@ def _from_hidden(
     self._balora.heads = heads
     teacher_hidden = None
     device = heads.student.weight.device
-    decoder = self.base_model
+    decoder = decoder_of(self)
     if config.lambda_consistency != 0:
         with torch.no_grad(), teacher(self):
             teacher_hidden = decoder(**arguments).last_hidden_state.to(device)

@@ -77,6 +77,14 @@ def _softcap_and_scale(config: Any) -> tuple[float | None, float]:
     return softcap, (1.0 if scale is None else scale) / (1.0 if divisor is None else divisor)
 
 
+def decoder_of(base: Any) -> Any:
+    """What the model calls before its head; None where that is no module of its own."""
+    for found in (base.base_model, base.get_decoder(), getattr(base, "model", None)):
+        if isinstance(found, nn.Module) and found is not base:
+            return found
+    return None
+
+
 def _linear(layer: Any, lora: Adapter | None) -> tuple[Tensor, Tensor | None, Adapter | None] | str:
     if isinstance(layer, nn.Linear) and layer.weight.is_floating_point() and layer.weight.dim() == 2:
         return layer.weight, layer.bias, lora
@@ -112,13 +120,16 @@ def difference(peft_model: peft.PeftModel, heads: Heads) -> str | None:
     """
     base: Any = peft_model.get_base_model()
     head = heads.student
+    decoder = decoder_of(base)
+    if decoder is None:
+        return "it has no decoder apart from its head"
     if head.weight.device.type == "meta":
         return None
     tokens = torch.arange(min(8, len(head.weight)), device=base.get_input_embeddings().weight.device)[None]  # [1, S]
     for head, mode in ((heads.student, evaluating), (heads.teacher or heads.student, teacher)):
         with torch.no_grad(), mode(peft_model):
             logits = base(input_ids=tokens, use_cache=False).logits  # [1, S, V]
-            hidden = base.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state
             rows = hidden.flatten(0, 1).to(head.weight.device)
             found = reference.logits(rows, head.weight, head.bias, head.softcap, head.scale, head.lora)
         if found.shape != logits.shape[1:]:

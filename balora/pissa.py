@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from . import principal
 from .adapters import ADAPTER, VARIANTS, factors, form_of, frozen, initial_scaling, pretrained_weight, subtract
 from .checks import check_whole
-from .targets import LINEAR, checked_targets, default_targets, fused_error
+from .targets import LINEAR, check_hits, checked_targets, default_targets, fused_error
 
 # Options of peft.LoraConfig that keep the promises of this module; the others change what is trained or computed.
 _LORA_OPTIONS = (
@@ -114,8 +114,11 @@ def get_pissa_model(
         target_modules = default_targets(model)
     else:
         target_modules = checked_targets(model, target_modules, lora_config.get("exclude_modules"))
+    for argument in ("exclude_modules", "modules_to_save"):
+        check_hits(model, argument, lora_config.get(argument))
     if getattr(model, "can_generate", bool)():
-        lora_config.setdefault("task_type", "CAUSAL_LM")
+        two_halves = getattr(model.config, "is_encoder_decoder", False)
+        lora_config.setdefault("task_type", "SEQ_2_SEQ_LM" if two_halves else "CAUSAL_LM")
 
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     config = peft.LoraConfig(
@@ -355,6 +358,8 @@ def export_lora(peft_model: peft.PeftModel, directory: str | Path) -> None:
         )
     tensors = {}
     for name, layer in layers.items():
+        if not all(p.isfinite().all() for p in (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)):
+            raise ValueError(f"peft_model: expected finite adapters, found NaN or an infinity at {name}")
         a, b = _balanced(*factors(layer, ADAPTER))
         dtype = layer.lora_A[ADAPTER].weight.dtype
         tensors[f"{name}.lora_A.weight"] = a.to(dtype).cpu().contiguous()

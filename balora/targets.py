@@ -34,6 +34,8 @@ def default_targets(model: nn.Module) -> list[str]:
         and part not in experts
         and not any("expert" in step for step in name.split("."))
         and not _is_router(model, name)
+        and not _is_read_directly(model, name)
+        and "altup" not in name.split(".")  # Gemma 3n's, which mix its residual streams
     ]
     if not chosen:
         found = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LINEAR)})
@@ -51,7 +53,8 @@ def checked_targets(model: nn.Module, targets: list[str] | str, excluded: list[s
     drops what the pattern says of the layer's place. There the names of the layers take their place.
 
     Raises:
-        ValueError: they hit a router, or experts that are fused into 3-D parameters, or they are no valid pattern.
+        ValueError: they hit a router, experts that are fused into 3-D parameters, or a layer whose weight is read
+            without calling it; or they are no valid pattern.
         TypeError: they are neither a string nor a list of strings.
     """
     _check_names("target_modules", targets)
@@ -73,6 +76,12 @@ def checked_targets(model: nn.Module, targets: list[str] | str, excluded: list[s
             f"target_modules: expected no router of a mixture of experts, found {routers[0]}; leave it out with "
             f"exclude_modules={sorted({name.rpartition('.')[2] for name in routers})}"
         )
+    direct = [name for name in linear if _is_read_directly(model, name)]
+    if direct:
+        raise ValueError(
+            f"target_modules: expected layers that the model calls, found {direct[0]}, whose weight its kernels read "
+            "directly, so that an adapter would do nothing; leave it out with target_modules or exclude_modules"
+        )
     experts = fused_experts(model)
     if not experts:
         return targets
@@ -84,6 +93,14 @@ def checked_targets(model: nn.Module, targets: list[str] | str, excluded: list[s
             if fused or gone:
                 raise fused_error(target, fused or experts)
     return _shortest(model, linear) if isinstance(targets, str) and linear else targets
+
+
+def check_hits(model: nn.Module, argument: str, names: list[str] | str | None) -> None:
+    """Raise for a name that no module has: it is a slip, and peft passes over it."""
+    modules = [name for name, _ in model.named_modules()]
+    for name in [names] if isinstance(names, str) else names or []:
+        if not any(named_by(names if isinstance(names, str) else [name], module) for module in modules):
+            raise ValueError(f"{argument}: expected modules of the model, found {name!r}, which names none")
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -128,10 +145,10 @@ def _names_experts(entry: list[str] | str, parameter: str) -> bool:
 
 
 def _is_router(model: nn.Module, name: str) -> bool:
-    """``router``, ``shared_expert_gate``, or a ``gate`` beside experts (other models call other things a gate)."""
+    """A ``…router``, ``shared_expert_gate``, or a ``gate`` beside experts (other models call other things a gate)."""
     steps = name.split(".")
     for i, step in enumerate(steps):
-        if step == "router" or ("expert" in step and "gate" in step):
+        if "router" in step or ("expert" in step and "gate" in step):
             return True
         if step == "gate":
             parent = model.get_submodule(".".join(steps[:i]))
@@ -139,6 +156,14 @@ def _is_router(model: nn.Module, name: str) -> bool:
             if any("expert" in n or isinstance(m, nn.ModuleList) for n, m in beside):
                 return True
     return False
+
+
+def _is_read_directly(model: nn.Module, name: str) -> bool:
+    """What the kernels of a state-space layer take the weight of: an adapter there would not be asked."""
+    parent, _, step = name.rpartition(".")
+    return step in ("x_proj", "dt_proj", "out_proj") and all(
+        hasattr(model.get_submodule(parent), p) for p in ("A_log", "D")
+    )
 
 
 def _stacks(model: nn.Module) -> list[str]:

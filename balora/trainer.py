@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from transformers import (
 )
 
 from . import _import, data
-from .adapters import checkpoint_form
+from .adapters import FROZEN, checkpoint_form
 from .config import BALoraConfig
 from .modeling import attach, attachment, set_progress
 from .pissa import export_lora, get_pissa_model, principal_errors
@@ -44,6 +46,7 @@ class BALoraCallback(TrainerCallback):
     def __init__(self) -> None:
         self._step: dict[str, torch.Tensor] = {}  # sums over the micro-batches of the running step
         self._micro_batches = 0
+        self._checked = False  # that every trained tensor gets a gradient
         self._since_log: dict[str, tuple[torch.Tensor, int]] = {}  # sums over steps, number of steps
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -54,11 +57,29 @@ class BALoraCallback(TrainerCallback):
 
     def on_substep_end(self, args, state, control, model=None, **kwargs):
         last = attachment(model)[0].balora_last
+        if last is None:
+            raise ValueError(
+                "model: the forward that balora.attach set was not called; something has replaced it since "
+                "(use_liger_kernel does), or the trainer has a loss of its own"
+            )
         self._micro_batches += 1
         for name in _TERMS:
             value = getattr(last, name)
             if value is not None:
                 self._step[name] = self._step[name] + value if name in self._step else value
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        sharded = args.deepspeed or args.fsdp  # there a gradient may lie elsewhere
+        if self._checked or sharded:
+            return
+        self._checked = True
+        idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        if idle:
+            warnings.warn(
+                f"{len(idle)} trained tensors got no gradient, {idle[0]} first: nothing that the loss depends on calls "
+                "their layers, leave them out of target_modules",
+                stacklevel=2,
+            )
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.on_substep_end(args, state, control, model=model)
@@ -172,13 +193,24 @@ def setup(
         raise ValueError(f"max_length: expected at least 2 tokens, found {run.max_length}")
     if not 0 <= run.lora_dropout < 1:
         raise ValueError(f"lora_dropout: expected at least 0 and below 1, found {run.lora_dropout}")
+    if run.form not in FROZEN:
+        raise ValueError(f"form: expected {' or '.join(map(repr, FROZEN))}, found {run.form!r}")
+    if run.form == "residual" and run.lora_dropout:
+        raise ValueError(f"lora_dropout: expected 0 with form='residual', found {run.lora_dropout}")
+    if config.task != "nlg":
+        raise ValueError(f"task: expected 'nlg' so far, found {config.task!r}")
     _check_training(training)
     checkpoint = _checkpoint(training)
+    if training.eval_strategy != "no" and run.eval_data is None:
+        raise ValueError(f"eval_data: expected with eval_strategy={training.eval_strategy.value!r}, found none")
     if run.eval_split is not None and run.eval_data is None:
         raise ValueError(f"eval_split: expected eval_data beside it, found the split {run.eval_split!r} alone")
     rows = data.read(run.data, run.data_split)
     eval_rows = data.read(run.eval_data, run.eval_split, usual="test") if run.eval_data else None
-    tokenizer = AutoTokenizer.from_pretrained(run.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(run.model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: expected a model and its tokenizer at {run.model}; {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
@@ -197,12 +229,15 @@ def setup(
         model = AutoModelForCausalLM.from_pretrained(run.model, dtype=run.dtype)
     except Exception as error:  # the readers of weights raise types of their own
         raise ValueError(f"model: expected a causal language model at {run.model}; {error}") from error
+    targets: list[str] | str | None = run.target_modules
+    if targets and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
+        targets = targets[0]  # all-linear, or a pattern
     model = get_pissa_model(
         model,
         r=run.r,
         lora_alpha=run.lora_alpha,
         lora_dropout=run.lora_dropout,
-        target_modules=run.target_modules,
+        target_modules=targets,
         form=run.form,
         exclude_modules=run.exclude_modules,
         modules_to_save=run.modules_to_save,
@@ -230,7 +265,9 @@ def setup(
     _add_report(trainer, about, recipe)
     if recipe is not None:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-        (Path(training.output_dir) / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+        kept = {name: value for name, value in recipe.items() if not name.endswith("_token")}  # no secret in a file
+        text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+        (Path(training.output_dir) / RECIPE).write_text(text, encoding="utf-8")
     return trainer, checkpoint
 
 
@@ -274,6 +311,8 @@ def _add_report(trainer: BALoraTrainer, about: dict[str, str], recipe: dict[str,
 def _checkpoint(training: TrainingArguments) -> str | None:
     """The checkpoint to resume from: the named one, or for ``true`` the last complete one of the output folder."""
     folder = Path(str(training.output_dir))
+    if folder.is_file():
+        raise ValueError(f"output_dir: expected a folder, found the file {folder}")
     found = sorted(folder.glob("checkpoint-*"), key=_step, reverse=True)
     asked = training.resume_from_checkpoint
     if asked is None or str(asked).lower() == "false":
@@ -305,6 +344,10 @@ def _check_training(training: TrainingArguments) -> None:
             f"label_smoothing_factor: expected 0 (it takes the labels away from the objective), found "
             f"{training.label_smoothing_factor}"
         )
+    if training.use_liger_kernel:
+        raise ValueError(
+            "use_liger_kernel: expected False (its forward would replace that of the objective), found True"
+        )
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(training, name) < 1:
             raise ValueError(f"{name}: expected at least 1, found {getattr(training, name)}")
@@ -322,7 +365,7 @@ def _check_adapters(model: Any, form: str, checkpoint: str) -> None:
         raise ValueError(f"form: expected {made!r}, as in {checkpoint}, found {form!r}")
     now = model.peft_config["default"].to_dict()
     then = json.loads((Path(checkpoint) / "adapter_config.json").read_text())
-    for name in ("r", "lora_alpha", "target_modules", "modules_to_save"):
+    for name in ("r", "lora_alpha", "target_modules", "exclude_modules", "modules_to_save"):
         here, there = (sorted(x[name]) if isinstance(x[name], (list, set)) else x[name] for x in (now, then))
         if here != there:
             raise ValueError(

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as nnF
+import transformers
 
 import balora
 from balora import BALoraConfig, LinearHead
@@ -384,6 +385,28 @@ def test_the_gram_matrix_of_a_frozen_head_is_computed_once(monkeypatch):
             tensors for tensors in calls if isinstance(tensors, list) and tensors[0].data_ptr() == weight.data_ptr()
         ]
         assert len(of_weight) == 1
+
+
+def test_a_trained_head_that_is_written_behind_torchs_back():
+    """An optimizer may write through ``.data``, which torch does not count: nothing of a trained head is kept."""
+    model = attach(lora(modules_to_save=["lm_head"]))
+    model(**batch())
+    (head,) = (p for n, p in model.named_parameters() if "modules_to_save" in n)
+    head.data.mul_(torch.linspace(0.1, 3, 32))
+    assert_plain(model, batch())
+
+
+def test_a_decoder_that_its_model_does_not_name():
+    """Llama 4's text model: ``base_model`` gives the model itself."""
+    shape = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=2)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2)
+    torch.manual_seed(0)
+    base = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**shape, max_position_embeddings=64)).eval()
+    assert base.base_model is base
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = attach(peft.get_peft_model(base, config))
+    assert model._balora.heads is not None
+    assert_plain(model, batch(), tolerance=1e-4)
 
 
 def test_an_adapter_that_is_switched_off_or_added_on_the_head_is_seen():

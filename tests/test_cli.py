@@ -139,6 +139,7 @@ def test_a_finished_run_is_not_overwritten_and_not_resumed_with_other_adapters(i
     values = options(inputs, tmp_path / "again", save_steps=2)
     assert cli.main(["train", *flags(values)]) == 0
     others = {"r": 3, "lora_alpha": 1, "target_modules": "q_proj", "form": "residual", "modules_to_save": "lm_head"}
+    others |= {"exclude_modules": "up_proj"}
     for name, value in others.items():
         changed = {**values, name: value, "resume_from_checkpoint": "true"}
         assert cli.main(["train", *flags(changed)]) == 2
@@ -165,6 +166,22 @@ def test_the_residual_form_and_a_head_that_is_trained(inputs, tmp_path, capsys):
     assert model.peft_config["default"].r == 8
 
 
+@pytest.mark.parametrize("targets", ["all-linear", r".*layers\.0\.self_attn\.(q|v)_proj"])
+def test_all_layers_or_a_pattern(inputs, tmp_path, targets):
+    values = options(inputs, tmp_path / "run", target_modules=targets, hub_token="hf_1234")
+    assert cli.main(["train", *flags(values)]) == 0
+    names = load_file(tmp_path / "run" / "lora" / "adapter_model.safetensors").keys()
+    assert len(names) == (28 if targets == "all-linear" else 4)
+    assert all("hf_1234" not in path.read_text() for path in (tmp_path / "run").glob("re*"))
+
+
+def test_an_output_folder_that_is_a_file(inputs, tmp_path, capsys):
+    (tmp_path / "run").write_text("mine")
+    assert cli.main(["train", *flags(options(inputs, tmp_path / "run"))]) == 2
+    assert "output_dir: expected a folder, found the file" in capsys.readouterr().err
+    assert (tmp_path / "run").read_text() == "mine"
+
+
 def test_resuming_a_run_that_has_no_checkpoint_starts_it(inputs, tmp_path, capsys):
     values = options(inputs, tmp_path / "run", save_strategy="no", resume_from_checkpoint="true")
     assert cli.main(["train", *flags(values)]) == 0
@@ -178,13 +195,20 @@ BAD = {
     "split of nothing": (dict(eval_split="test"), "eval_split: expected eval_data beside it, found the split 'test'"),
     "hub": (dict(data="nobody/nothing"), "nobody/nothing: Couldn't reach 'nobody/nothing' on the Hub"),
     "row": (dict(data="BAD"), "bad.jsonl, line 2: expected the column 'output'"),
-    "model": (dict(model="no/such/folder/here"), "no/such/folder/here"),
+    "model": (dict(model="no/such/folder/here"), "model: expected a model and its tokenizer at no/such/folder/here"),
     "rank": (dict(r=40), "r: expected at most"),
     "alpha": (dict(lora_alpha=0), "lora_alpha: expected a finite number above 0, found 0"),
     "form": (dict(form="other"), "form: expected 'offset' or 'residual', found 'other'"),
     "dropout of the residual": (
         dict(form="residual", lora_dropout=0.1),
         "lora_dropout: expected 0 with form='residual'",
+    ),
+    "task": (dict(task="nlu"), "task: expected 'nlg' so far, found 'nlu'"),
+    "evaluation": (dict(eval_strategy="steps"), "eval_data: expected with eval_strategy='steps', found none"),
+    "liger": (dict(use_liger_kernel=True), "use_liger_kernel: expected False"),
+    "modules to save": (
+        dict(modules_to_save="lm_haed"),
+        "modules_to_save: expected modules of the model, found",
     ),
     "dropout": (dict(lora_dropout=1), "lora_dropout: expected at least 0 and below 1, found 1"),
     "dtype": (dict(dtype="int8"), "dtype: expected auto, float32, bfloat16 or float16, found 'int8'"),

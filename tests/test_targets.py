@@ -12,6 +12,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     CLIPVisionConfig,
+    JambaConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -290,6 +291,54 @@ def test_dense_models_keep_the_users_pattern():
     assert checked_targets(tiny("llama"), r".*q_proj", None) == r".*q_proj"
     assert checked_targets(tiny("llama"), "all-linear", None) == "all-linear"
     assert checked_targets(tiny("llama"), ["q_proj"], None) == ["q_proj"]
+
+
+def jamba():
+    shape = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    shape |= dict(num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=8)
+    torch.manual_seed(0)
+    return (
+        AutoModelForCausalLM.from_config(JambaConfig(**shape, mamba_dt_rank=4, initializer_range=0.2)).double().eval()
+    )
+
+
+@pytest.mark.parametrize("form", ["offset", "residual"])
+def test_state_space_layers_whose_weights_are_read_directly_are_left_out(form):
+    base = jamba()
+    before = logits(base)
+    model = balora.get_pissa_model(base, r=2, form=form)
+    names = [name for name, m in model.named_modules() if hasattr(m, "lora_A")]
+    assert not any(name.endswith(("x_proj", "dt_proj", "out_proj")) for name in names)
+    assert any(name.endswith("mamba.in_proj") for name in names)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    train_a_little(model, steps=1)
+    model(**batch()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    base = jamba()
+    with pytest.raises(
+        ValueError, match=r"expected layers that the model calls, found .*mamba.dt_proj"
+    ):
+        balora.get_pissa_model(base, r=2, target_modules=["q_proj", "dt_proj"], form=form)
+    assert torch.equal(logits(base), before)
+
+
+@pytest.mark.parametrize("argument", ["modules_to_save", "exclude_modules"])
+def test_a_name_that_no_module_has_is_refused(argument):
+    base = tiny("llama")
+    with pytest.raises(
+        ValueError, match=f"{argument}: expected modules of the model, found 'lm_haed', which"
+    ):
+        balora.get_pissa_model(base, r=2, **{argument: ["lm_head", "lm_haed"]})
+    assert balora.get_pissa_model(base, r=2, exclude_modules=".*down_proj").peft_config
+
+
+def test_routers_of_other_names_are_no_targets():
+    block = nn.Module()
+    block.modality_router, block.q_proj, block.altup = nn.Linear(8, 4), nn.Linear(8, 8), nn.Module()
+    block.altup.prediction_coefs = nn.Linear(8, 8)
+    model = nn.Module()
+    model.layers = nn.ModuleList([block])
+    assert default_targets(model) == ["q_proj"]
 
 
 def test_an_encoder_has_blocks_too():

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,6 +174,37 @@ def test_labels_that_are_taken_away_raise(tmp_path, how):
     more = {} if options else dict(compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.loss)
     with pytest.raises(ValueError, match="labels: a model attached to BA-LoRA needs labels in training, found None"):
         fit(tmp_path, **options, **more)
+
+
+def test_a_forward_that_was_replaced_is_told(tmp_path):
+    model = balora.attach(balora.get_pissa_model(tiny_llama(), r=4), CONFIG)
+    base = model.get_base_model()
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, disable_tqdm=True, save_strategy="no")
+    trainer = BALoraTrainer(model, arguments, train_dataset=examples())
+    base.forward = types.MethodType(type(base).forward, base)
+    with pytest.raises(ValueError, match="model: the forward that balora.attach set was not called"):
+        trainer.train()
+
+
+def test_adapters_that_nothing_calls_are_told(tmp_path):
+    model = balora.get_pissa_model(tiny_llama(), r=4)
+    layer = model.get_base_model().model.layers[1].mlp.up_proj
+    layer.forward = layer.get_base_layer().forward
+    balora.attach(model, CONFIG)
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, disable_tqdm=True, save_strategy="no")
+    with pytest.warns(
+        UserWarning, match=r"2 trained tensors got no gradient, .*layers.1.mlp.up_proj.lora_A.* first"
+    ) as w:
+        BALoraTrainer(model, arguments, train_dataset=examples()).train()
+    assert sum("got no gradient" in str(one.message) for one in w) == 1
+
+
+def test_adapters_that_are_not_finite_are_not_exported(tmp_path):
+    model = balora.get_pissa_model(tiny_llama(), r=4)
+    model.get_base_model().model.layers[1].mlp.up_proj.lora_B.default.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"peft_model: expected finite adapters, found .* at .*layers.1.mlp.up_proj"):
+        balora.export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
 
 
 def test_evaluation_is_plain_cross_entropy_with_logits(tmp_path):
