@@ -297,9 +297,8 @@ def jamba():
     shape = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     shape |= dict(num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=8)
     torch.manual_seed(0)
-    return (
-        AutoModelForCausalLM.from_config(JambaConfig(**shape, mamba_dt_rank=4, initializer_range=0.2)).double().eval()
-    )
+    config = JambaConfig(**shape, mamba_dt_rank=4, initializer_range=0.2, use_mamba_kernels=False)
+    return AutoModelForCausalLM.from_config(config).double().eval()
 
 
 @pytest.mark.parametrize("form", ["offset", "residual"])
@@ -315,9 +314,7 @@ def test_state_space_layers_whose_weights_are_read_directly_are_left_out(form):
     model(**batch()).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     base = jamba()
-    with pytest.raises(
-        ValueError, match=r"expected layers that the model calls, found .*mamba.dt_proj"
-    ):
+    with pytest.raises(ValueError, match=r"expected layers that the model calls, found .*mamba.dt_proj"):
         balora.get_pissa_model(base, r=2, target_modules=["q_proj", "dt_proj"], form=form)
     assert torch.equal(logits(base), before)
 
@@ -325,9 +322,7 @@ def test_state_space_layers_whose_weights_are_read_directly_are_left_out(form):
 @pytest.mark.parametrize("argument", ["modules_to_save", "exclude_modules"])
 def test_a_name_that_no_module_has_is_refused(argument):
     base = tiny("llama")
-    with pytest.raises(
-        ValueError, match=f"{argument}: expected modules of the model, found 'lm_haed', which"
-    ):
+    with pytest.raises(ValueError, match=f"{argument}: expected modules of the model, found 'lm_haed', which"):
         balora.get_pissa_model(base, r=2, **{argument: ["lm_head", "lm_haed"]})
     assert balora.get_pissa_model(base, r=2, exclude_modules=".*down_proj").peft_config
 
