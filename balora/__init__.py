@@ -42,6 +42,7 @@ _LAZY = {
     "get_pissa_model": "pissa",
     "teacher": "pissa",
     "report": None,
+    "train": None,
     "trainer": None,
 }
 _PACKAGES = {"yaml": "pyyaml"}  # packages whose name is not that of their module

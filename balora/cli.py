@@ -30,24 +30,24 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(argv: list[str]) -> int:
     try:
-        trainer = _import("trainer")
-        asked, parsed = _train_arguments(trainer, argv)
-        ready = trainer.setup(*parsed, recipe=asked)
+        run = _import("train")
+        asked, parsed = _train_arguments(run, argv)
+        ready = run.setup(*parsed, recipe=asked)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         print(f"balora train: error: {error}", file=sys.stderr)
         return 2
-    trainer.train(*ready)
+    run.train(*ready)
     return 0
 
 
-def _train_arguments(trainer: Any, argv: list[str]) -> tuple[dict[str, Any], tuple]:
+def _train_arguments(run: Any, argv: list[str]) -> tuple[dict[str, Any], tuple]:
     """What the user asked for, by name, and the three argument objects made of it."""
     from transformers import HfArgumentParser
 
     from .config import BALoraConfig
 
     parser = HfArgumentParser(
-        (trainer.RunArguments, BALoraConfig, trainer.TrainingArguments),
+        (run.RunArguments, BALoraConfig, run.TrainingArguments),
         prog="balora train",
         usage="balora train --model DIR_OR_NAME --data FILE --output_dir DIR [options]\n"
         "       balora train recipe.yaml [options]",
@@ -56,7 +56,7 @@ def _train_arguments(trainer: Any, argv: list[str]) -> tuple[dict[str, Any], tup
         "page with plots of the run to OUTPUT_DIR/report.html.",
         allow_abbrev=False,
     )
-    parser.set_defaults(**trainer.TRAINING_DEFAULTS)
+    parser.set_defaults(**run.TRAINING_DEFAULTS)
     for action in parser._actions:
         action.required |= action.dest == "output_dir"  # not a default folder of somebody else's name
         if action.dest == "svd_rank":  # annotated as a float; 10 is a number of singular values, 0.3 a fraction of them

@@ -291,8 +291,8 @@ def test_info_prints_what_runs_here(capsys):
 
 @pytest.mark.parametrize(("text", "rank"), [("7", 7), ("0.3", 0.3), ("1.0", 1.0), ("1", 1)])
 def test_a_rank_is_a_number_or_a_fraction(inputs, tmp_path, text, rank):
-    from balora import trainer
+    from balora import train
 
-    asked, parsed = cli._train_arguments(trainer, flags(options(inputs, tmp_path / "a", svd_rank=text)))
+    asked, parsed = cli._train_arguments(train, flags(options(inputs, tmp_path / "a", svd_rank=text)))
     assert parsed[1].svd_rank == asked["svd_rank"] == rank
     assert type(parsed[1].svd_rank) is type(rank)

@@ -103,6 +103,7 @@ MAY_IMPORT = {
     "plots": {"matplotlib", "numpy"},
     "page": {"balora.config", "balora.plots"},
     "report": {
+        "numpy",
         "torch",
         "transformers",
         "psutil",
@@ -112,7 +113,8 @@ MAY_IMPORT = {
         "balora.page",
         "balora.probe",
     },
-    "trainer": {
+    "trainer": {"torch", "transformers", "balora.modeling"},
+    "train": {
         "torch",
         "transformers",
         "yaml",
@@ -122,6 +124,7 @@ MAY_IMPORT = {
         "balora.data",
         "balora.modeling",
         "balora.pissa",
+        "balora.trainer",
     },
     "cli": {"transformers", "yaml", "balora", "balora.config"},
 }
@@ -182,7 +185,7 @@ def test_import_balora_needs_only_torch():
     ("hidden", "use", "message"),
     [
         ("peft", "balora.attach", "balora.modeling needs peft, which is not installed: pip install peft"),
-        ("yaml", "balora.trainer", "balora.trainer needs yaml, which is not installed: pip install pyyaml"),
+        ("yaml", "balora.train", "balora.train needs yaml, which is not installed: pip install pyyaml"),
     ],
 )
 def test_a_missing_package_gives_the_command_that_installs_it(hidden, use, message):
