@@ -7,7 +7,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,13 @@ class LabelledText:
 class Labelled:
     """Texts with labels.
 
-    ``names`` are the names of the classes, in the order of their numbers; None for regression.
+    ``names`` are the names of the classes, in the order of their numbers; None for regression. ``unused`` are the
+    columns of the first row that nothing is taken from.
     """
 
     rows: list[LabelledText]
     names: list[str] | None
+    unused: list[str] = field(default_factory=list)
 
     def id2label(self) -> dict[int, str] | None:
         """The names as a model's configuration takes them; None for regression."""
@@ -62,12 +64,15 @@ class Labelled:
         return [counted[i] for i in range(len(self.names or []))]
 
     def summary(self) -> str:
-        """One line: rows, classes and their shares, those that have no row; for regression the range of the labels."""
+        """One line: rows, classes and their shares, those that have no row (for regression the range of the labels),
+        columns that are not used.
+        """
         text = f"{len(self.rows):,} rows"
+        unused = f"; columns not used: {', '.join(self.unused)}" if self.unused else ""
         if self.names is None:
             labels = [row.label for row in self.rows]
             mean = math.fsum(labels) / len(labels)
-            return f"{text}, regression: labels from {min(labels):g} to {max(labels):g}, mean {mean:.4g}"
+            return f"{text}, regression: labels from {min(labels):g} to {max(labels):g}, mean {mean:.4g}{unused}"
         counts = self.counts()
         found = sorted((i for i in range(len(counts)) if counts[i]), key=lambda i: -counts[i])  # ties: by number
         shares = [f"{self.names[i]} {100 * counts[i] / len(self.rows):.3g} %" for i in found]
@@ -77,7 +82,7 @@ class Labelled:
         missing = [name for name, count in zip(self.names, counts, strict=True) if not count]
         if missing:
             text += f"; no row of {', '.join(missing[:_SHOWN])}{' …' if len(missing) > _SHOWN else ''}"
-        return text
+        return text + unused
 
 
 def read(
@@ -99,7 +104,10 @@ def read(
             of ``training``. The message has the source, the row, the column, what was found and what was expected.
     """
     found = sources.find(source, split, usual)
-    texts = list(_texts(found))
+    where, first = next(iter(found))
+    columns = _columns(first, where)
+    unused = [name for name in first if name not in (*columns, "label")]
+    texts = list(_texts(found, columns))
     names = found.class_names.get("label")
     labels = [_label(value, names, f"{where}, column 'label'") for _, _, value, where in texts]
     wheres = [f"{where}, column 'label'" for *_, where in texts]
@@ -107,7 +115,8 @@ def read(
     regression = training.names is None if training else any(isinstance(value, float) for value in values)
     if regression:
         targets = [_target(value, where) for value, where in zip(values, wheres, strict=True)]
-        return Labelled([LabelledText(a, b, y, w) for (a, b, _, w), y in zip(texts, targets, strict=True)], None)
+        rows = [LabelledText(a, b, y, w) for (a, b, _, w), y in zip(texts, targets, strict=True)]
+        return Labelled(rows, None, unused)
     if training is not None:
         names = training.names or []
     elif names is None:
@@ -123,15 +132,12 @@ def read(
                 f"{short(value)}"
             )
         rows.append(LabelledText(text, pair, number[str(value)], where))
-    return Labelled(rows, names)
+    return Labelled(rows, names, unused)
 
 
-def _texts(source: sources.Source) -> Iterator[tuple[str, str | None, Any, str]]:
+def _texts(source: sources.Source, columns: tuple[str, ...]) -> Iterator[tuple[str, str | None, Any, str]]:
     """(text, its pair or None, label as found, where) of every row."""
-    columns: tuple[str, ...] | None = None
     for where, record in source:
-        if columns is None:
-            columns = _columns(record, where)
         for name in (*columns, "label"):
             if name not in record:
                 raise ValueError(

@@ -219,11 +219,21 @@ def _table(name: str, table: Any) -> Source:
         for batch in table.iter(batch_size=1000):  # of a file that is mapped into memory
             for values in zip(*batch.values(), strict=True):
                 number += 1
-                yield f"{name}, row {number}", dict(zip(batch, values, strict=True))
+                yield f"{name}, row {number}", dict(zip(batch, map(_without_nulls, values), strict=True))
 
     # A ClassLabel is known by its names: its class is not imported here.
     names = {n: list(f.names) for n, f in table.features.items() if hasattr(f, "names")}
     return Source(name, read, len(table), names)
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without the nulls of its objects, at any depth.
+
+    A table gives each object (a message, the arguments of a tool call) the keys of all the others, as nulls.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def text_of(value: Any, where: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -66,6 +67,9 @@ class Tokenized:
     skipped: int = 0  # rows left out because no token of them would be trained on
     answers_cut: int = 0  # those of the skipped whose answers all begin after max_length
     skipped_rows: list[str] = field(default_factory=list)  # where the first few of them stand
+    unused: list[str] = field(default_factory=list)  # columns of the first row that nothing was taken from
+    unwritten: Counter[str] = field(default_factory=Counter)  # rows a key of messages that left no trace in the text
+    ends: bool = False  # the last trained token of a row, but for blanks, is a special one
 
     def skip(self, where: str, cut: bool) -> None:
         """Count a row that is left out; ``cut``: because its answers lie beyond max_length."""
@@ -83,7 +87,7 @@ class Tokenized:
         return float(valid.mean())
 
     def summary(self) -> str:
-        """One line: rows, tokens, the share of them that is trained on, lengths, what was cut and skipped."""
+        """One line: rows, tokens, the share of them that is trained on, lengths, what was cut, skipped and not used."""
         lengths = self.examples.lengths()
         text = f"{_rows(len(lengths))}, {lengths.sum():,} tokens"
         if "labels" in self.examples.columns:
@@ -104,15 +108,27 @@ class Tokenized:
             if self.answers_cut:
                 text += f"of {self.answers_cut:,} the answer begins after {self.max_length} tokens; "
             text += f"{', '.join(self.skipped_rows)}{', …' if self.skipped > len(self.skipped_rows) else ''})"
+        if self.unwritten:
+            keys = ", ".join(f"{key} ({_rows(n)})" for key, n in self.unwritten.items())
+            text += f"; keys of messages that change nothing: {keys}"
+        if self.unused:
+            text += f"; columns not used: {', '.join(self.unused)}"
         return text
 
     def warnings(self) -> list[str]:
-        """What deserves a second look: hardly any token is trained on, or many rows were skipped."""
+        """What deserves a second look: hardly any token is trained on, no answer ends, or many rows were skipped."""
         found = []
         if "labels" in self.examples.columns and (share := self.trained_share()) < 0.05:
             found.append(
                 f"only {_percent(share)} of the tokens are trained on; the rest of each step is spent on prompts"
             )
+        if "labels" in self.examples.columns and not self.ends:
+            why = (
+                f"max_length={self.max_length} cuts every row"
+                if self.cut == len(self.examples)
+                else "expected a chat template that writes one, or a tokenizer with an end-of-text token"
+            )
+            found.append(f"no answer ends with a special token, so the model does not learn to stop: {why}")
         rows = len(self.examples) + self.skipped
         if self.skipped > rows / 10:
             cut = self.answers_cut

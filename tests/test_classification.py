@@ -97,6 +97,14 @@ def test_the_summary_shows_imbalance(tmp_path):
     assert labelled(tmp_path, 0.5, 4.0, 3).summary() == "3 rows, regression: labels from 0.5 to 4, mean 2.5"
 
 
+def test_the_summary_names_the_columns_that_are_not_used(tmp_path):
+    for labels, start in (((1, 2), "2 rows, 2 classes: 1 50 %, 2 50 %"), ((0.5, 1.5), "2 rows, regression: ")):
+        rows = [{"idx": 7, "text": "t", "text_pair": "p", "label": label, "title": "x"} for label in labels]
+        summary = classification.read(write(tmp_path, *rows)).summary()
+        assert summary.startswith(start)
+        assert summary.endswith("; columns not used: idx, title")
+
+
 BAD = {
     "no label": ([{"text": "t"}], "line 1: expected the column label, and the text in one of: .*; found text"),
     "no text": ([{"tweet": "t", "label": 1}], "line 1: expected the column label, .*; found tweet, label"),

@@ -42,11 +42,30 @@ def test_questions_and_answers(tmp_path, columns, template):
         assert label in (-100, token)
 
 
-@pytest.mark.parametrize(("name", "response"), [("input", "output"), ("context", "response")])
-def test_an_input_column_is_appended_to_the_instruction(tmp_path, name, response):
-    rows = [{"instruction": "Add.", name: "1, 2", response: "3"}, {"instruction": "Add.", name: "", response: "3"}]
+@pytest.mark.parametrize("prompt", ["instruction", "query", "question", "problem", "prompt"])
+@pytest.mark.parametrize(("name", "response"), [("input", "output"), ("context", "answer")])
+def test_an_input_column_is_appended_to_the_question(tmp_path, prompt, name, response):
+    rows = [{prompt: "Add.", name: "1, 2", response: "3"}, {prompt: "Add.", name: "", response: "3"}]
     rows = data.read_jsonl(write(tmp_path, *rows))
     assert [row.messages[0]["content"] for row in rows] == ["Add.\n\n1, 2", "Add."]
+
+
+UNUSED = [
+    ({"type": "t", "question": "q", "answer": "a", "original_question": "o"}, ["type", "original_question"]),
+    ({"question": "q", "answer": "a", "input": "i", "context": ""}, []),
+    ({"prompt": "p", "completion": "c", "context": "x"}, ["context"]),  # nothing is appended to these two
+    ({"messages": [dict(role="user", content="u"), dict(role="assistant", content="a")], "tools": "[]"}, ["tools"]),
+]
+
+
+@pytest.mark.parametrize(("row", "unused"), UNUSED)
+def test_the_columns_that_are_not_used_are_named(tmp_path, row, unused):
+    rows = data.read(write(tmp_path, row))
+    assert rows.unused == unused
+    result = data.tokenize(rows, tiny_tokenizer(TEMPLATE), 200, "rows")
+    assert ("columns not used" in result.summary()) is bool(unused)
+    if unused:
+        assert result.summary().endswith(f"; columns not used: {', '.join(unused)}")
 
 
 def test_prompt_and_completion_are_joined_as_they_stand(tmp_path):
@@ -78,9 +97,71 @@ def test_every_assistant_turn_of_a_conversation_is_trained_on(tmp_path):
     assert trained_text(example, tokenizer) == "A1<|end|>\nA2<|end|>\n"
 
 
+TOOLS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
+    "{% endif %}{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}{% endfor %}<eos>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"x": 1}}}]}
+CALLED = '<call>{"name": "add", "arguments": {"x": 1}}<eos>'
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("content", ["", None, "absent"])
+def test_tool_calls_and_reasoning_reach_the_chat_template(tmp_path, monkeypatch, suffix, content):
+    call = {**CALL, "content": content, "name": None}
+    if content == "absent":
+        del call["content"]
+    other = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {"at": "b"}}}]}
+    result = {"role": "tool", "content": "2", "tool_call_id": "7"}
+    answer = {"role": "assistant", "content": "It is 2.", "reasoning_content": "hm", "tool_calls": []}
+    row = {"messages": [{"role": "user", "content": "1 + 1?"}, call, result, other, result, answer]}
+    path = write(tmp_path, row)
+    if suffix == "parquet":  # which gives each message, and each call's arguments, the keys of the others
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        datasets.Dataset.from_list([row]).to_parquet(path := tmp_path / "rows.parquet")
+    tokenizer = tiny_tokenizer(TOOLS)
+    found = data.tokenize(data.read(path), tokenizer, 400, "rows")
+    (example,) = found.examples
+    second = '<call>{"name": "look", "arguments": {"at": "b"}}<eos>'
+    assert tokenizer.decode(example["input_ids"]) == (
+        f"<|user|>1 + 1?<eos><|assistant|>{CALLED}<|tool|>2<eos><|assistant|>{second}<|tool|>2<eos>"
+        "<|assistant|><think>hm</think>It is 2.<eos>"
+    )
+    assert trained_text(example, tokenizer) == f"{CALLED}{second}<think>hm</think>It is 2.<eos>"
+    assert found.unwritten == {"tool_call_id": 1}
+
+
+def test_keys_that_change_nothing_are_counted_and_tool_calls_are_refused():
+    def rows(*answers):
+        turns = [[dict(role="user", content="u"), dict(role="assistant", content="a") | answer] for answer in answers]
+        return [data.Row(messages=m, where=f"FILE, line {i}") for i, m in enumerate(turns, start=1)]
+
+    asks = "{% for m in messages %}{% if m.role == 'assistant' and m.name != 'n' %}{{ raise_exception('who?') }}"
+    asks += "{% endif %}{{ m.content }}{% endfor %}"
+    for template, unwritten in [
+        (None, {"name": 2, "weight": 1}),
+        (TEMPLATE, {"name": 2, "weight": 1}),
+        (TEMPLATE.replace("m['content'] }}", "m['content'] }}{{ m['name'] }}"), {"weight": 1}),
+        (asks, {"weight": 1}),
+        (GENERATION, {"name": 2, "weight": 1}),
+    ]:
+        answers = rows({"name": "n", "weight": 0}, {"name": "n", "thinking": ""})
+        found = data.tokenize(answers, tiny_tokenizer(template), 50, "rows")
+        assert found.unwritten == unwritten
+    with pytest.raises(ValueError, match="FILE, line 2: expected a chat template that writes tool_calls; the token"):
+        data.tokenize(rows({}, CALL), tiny_tokenizer(TEMPLATE), 50, "rows")
+    for answer in (CALL, CALL | {"content": "a"}):
+        with pytest.raises(ValueError, match="FILE, line 1: expected no tool_calls, because the tokenizer has no chat"):
+            data.tokenize(rows(answer), tiny_tokenizer(), 50, "rows")
+    with pytest.raises(ValueError, match="FILE, line 1: expected Unicode text, found half a surrogate pair"):
+        data.tokenize(rows({"reasoning_content": "\ud800"}), tiny_tokenizer(TOOLS), 50, "rows")
+
+
 def test_conversations_of_sharegpt_and_keys_that_are_not_needed(tmp_path):
     roles = [("system", "S"), ("human", "U1"), ("gpt", "A1"), ("user", "U2"), ("assistant", "A2")]
-    rows = [{"conversations": [{"from": r, "value": c, "weight": None} for r, c in roles], "idx": 7}]
+    rows = [{"conversations": [{"from": r, "value": c, "weight": None, "role": "x"} for r, c in roles], "idx": 7}]
     rows += [{"conversations": [dict(role="user", content="U", name=None), dict(role="assistant", content="A")]}]
     first, second = data.read_jsonl(write(tmp_path, *rows))
     roles = ["system", "user", "assistant", "user", "assistant"]
@@ -88,6 +169,8 @@ def test_conversations_of_sharegpt_and_keys_that_are_not_needed(tmp_path):
         dict(role=r, content=c) for r, c in zip(roles, ("S", "U1", "A1", "U2", "A2"), strict=True)
     ]
     assert second.messages == [dict(role="user", content="U"), dict(role="assistant", content="A")]
+    third = {"messages": [dict(role="user", content="U"), dict(role="assistant", content="A", tool_calls=[])]}
+    assert data.read_jsonl(write(tmp_path, third))[0].messages == second.messages
 
 
 def test_a_conversation_is_taken_before_what_stands_beside_it(tmp_path):
@@ -215,7 +298,31 @@ def test_rows_without_an_answer_are_skipped_whatever_their_length():
     assert result.summary().endswith(
         "; 7 rows skipped: no token of them would be trained on (line 2, line 3, line 4, line 5, line 6, …)"
     )
-    assert result.warnings() == ["7 of 8 rows were skipped"]
+    assert result.warnings()[-1] == "7 of 8 rows were skipped"
+
+
+def test_a_warning_if_no_answer_ends_with_a_special_token():
+    turns = [data.Row(messages=[dict(role="user", content="u"), dict(role="assistant", content="a")])] * 2
+
+    def stops(template, rows=turns, max_length=100, **changes):
+        tokenizer = tiny_tokenizer(template)
+        tokenizer.add_tokens(["<call>"])
+        tokenizer.add_tokens(["<|stop|>"], special_tokens=True)
+        for name, value in changes.items():
+            setattr(tokenizer, name, value)
+        warnings = data.tokenize(rows, tokenizer, max_length, "rows").warnings()
+        return not any("no answer ends with a special token" in warning for warning in warnings)
+
+    chat = "{% for m in messages %}{{ m.content }}END{% endfor %}"
+    for end in ("<eos>", "<|stop|>", "<|stop|>\n", "<eos>\n \n"):
+        assert stops(chat.replace("END", end)), end
+    for end in ("", "\n", "<call>", "<|end|>\n", "<eos>."):
+        assert not stops(chat.replace("END", end)), end
+    assert stops(None)
+    assert not stops(None, eos_token=None, pad_token=None)
+    long = [data.Row(prompt="p", completion="c" * 20)]
+    assert not stops(None, long, 10)
+    assert stops(None, [*long, data.Row(prompt="p", completion="c")], 10)
 
 
 def test_a_small_share_of_trained_tokens_and_many_skipped_rows_give_warnings():
@@ -267,6 +374,26 @@ BAD = {
     "message without role": (
         [{"messages": [{"content": "x"}]}],
         "column 'messages': expected texts 'role' and 'content' in message 0",
+    ),
+    "an answer of nothing": (
+        [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " ", "tool_calls": []}]}],
+        "line 1, column 'messages': expected a text or tool calls in message 1, found {'role': 'assistant'",
+    ),
+    "an answer of nothing in sharegpt": (
+        [{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": ""}]}],
+        "line 1, column 'conversations': expected a text or tool calls in message 1, found {'from': 'gpt'",
+    ),
+    "an answer of null": (
+        [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]}],
+        "line 1, column 'messages': expected texts 'role' and 'content' in message 1",
+    ),
+    "tool calls as a number": (
+        [{"messages": [{"role": "user", "content": "x"}, {**CALL, "tool_calls": 3}]}],
+        "column 'messages': expected a list of objects as tool_calls in message 1, found 3",
+    ),
+    "tool calls as a text": (
+        [{"messages": [{"role": "user", "content": "x"}, {**CALL, "tool_calls": "[]"}]}],
+        "column 'messages': expected a list of objects as tool_calls in message 1, found '\\[\\]'",
     ),
     "nothing to train": (
         [{"messages": [{"role": "user", "content": "x"}]}],

@@ -238,6 +238,12 @@ def test_files_of_text_are_read_without_datasets_and_others_give_the_command(tmp
     assert "rows.parquet needs datasets, which is not installed: pip install datasets" in result.stderr
 
 
+def test_the_nulls_that_a_table_adds_to_its_objects_are_taken_away(tmp_path):
+    calls = [{"function": {"name": n, "arguments": a}} for n, a in (("add", {"x": [1, None]}), ("look", {"at": "b"}))]
+    rows = [{"calls": calls, "note": "n"}, {"calls": calls[:1], "note": None}]
+    assert records(sources.find(write(tmp_path / "rows.parquet", rows))) == rows
+
+
 def test_rows_of_a_table_are_checked_where_they_stand(tmp_path):
     write(tmp_path / "rows.parquet", [*ROWS, {"question": "q", "answer": None}])
     rows = data.read(tmp_path / "rows.parquet")

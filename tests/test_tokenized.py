@@ -2,7 +2,7 @@
 
 import pytest
 
-from balora.tokenized import Examples
+from balora.tokenized import Examples, Tokenized
 
 
 def test_rows_come_back_as_they_went_in():
@@ -19,3 +19,25 @@ def test_rows_come_back_as_they_went_in():
     assert examples.lengths().tolist() == [3, 0, 1]
     with pytest.raises(IndexError):
         examples[3]
+
+
+def test_what_was_not_used_and_answers_without_an_end_are_said():
+    examples = Examples(["input_ids", "labels"])
+    examples.append(input_ids=[5, 6], labels=[-100, 6])
+    rows = Tokenized(examples, max_length=2, ends=True)
+    assert rows.warnings() == []
+    assert rows.summary().endswith("longest 2")
+    rows.unwritten.update(["name", "thinking"])
+    rows.unwritten.update(["name"])
+    rows.unused = ["type", "original_question"]
+    assert rows.summary().endswith(
+        "longest 2; keys of messages that change nothing: name (2 rows), thinking (1 row); columns not used: type, "
+        "original_question"
+    )
+    message = "no answer ends with a special token, so the model does not learn to stop: "
+    rows.ends = False
+    assert rows.warnings() == [
+        message + "expected a chat template that writes one, or a tokenizer with an end-of-text token"
+    ]
+    rows.cut = 1
+    assert rows.warnings() == [message + "max_length=2 cuts every row"]
