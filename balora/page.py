@@ -7,9 +7,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -27,6 +28,7 @@ _TERMS = (
     ("svd", "λ₃", _SVD, "leading singular values over ‖Z‖, negative"),
 )
 _NATS = "nats a token"
+_LEAST_SIGMA = 1e-6  # of the largest one: what is below is rounding, and would squash the rest of the plot
 
 
 @dataclass
@@ -67,10 +69,7 @@ def render(run: Run) -> str:
         f"<title>{escape(_short_status(run))} · {escape(title)} · balora</title>",
         f"<style>{_STYLE}</style>",
     ]
-    settings = "".join(
-        f"<h3>{escape(name)}</h3>{_table('', [(key, [_setting(key, value)]) for key, value in values.items()], ())}"
-        for name, values in run.settings.items()
-    )
+    settings = "".join(_or_why(name, "h3", partial(_settings_table, values)) for name, values in run.settings.items())
     body = [
         f"<header><p class=kicker>BA-LoRA run</p><h1>{escape(title)}</h1>{_status(run)}</header><main>",
         f"<section aria-label=Summary class=summary>{_summary(run)}</section>",
@@ -124,29 +123,32 @@ def _status(run: Run) -> str:
 
 
 def _summary(run: Run) -> str:
+    about = [*run.about.items(), ("Steps", f"{run.step:,} of {run.max_steps:,}")]
+    note = "nats a token, the SVD term a ratio"
+    return (
+        _or_why("Run", "h2", lambda: _table([(name, [value]) for name, value in about]))
+        + _or_why("Results", "h2", lambda: _table(_results(run), ("", "first", "last"), note))
+        + _or_why("Cost", "h2", lambda: _table(_cost(run)))
+    )
+
+
+def _results(run: Run) -> list[tuple[str, list[str]]]:
     logs = [h for h in run.history if "loss" in h]
     evaluations = [h for h in run.history if "eval_loss" in h]
-    rows = [("loss", _ends(h["loss"] for h in logs)), ("CE", _ends(h["ce"] for h in logs if "ce" in h))]
-    for name, _, _, _ in _TERMS:
-        rows.append((name if name != "svd" else "SVD", _ends(h[name] for h in logs if name in h)))
+    names = ("loss", "ce", *(name for name, *_ in _TERMS))
+    rows = [(name if name not in ("ce", "svd") else name.upper(), _ends(h.get(name) for h in logs)) for name in names]
     if evaluations:
         for key in evaluations[-1]:
             if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second", "_steps")):
-                values = [h[key] for h in evaluations if key in h]
-                name = key.replace("_", " ")
-                rows.append((name, _ends(values) if len(values) > 1 else ["", number(float(values[0]))]))
+                values = [h[key] for h in evaluations if _is_number(h.get(key))]  # a metric may be anything
+                if values:
+                    rows.append((key.replace("_", " "), _ends(values) if len(values) > 1 else ["", number(values[0])]))
     if run.before and run.probe:
         last = run.probe[-1]
         rows.append(("probe: CE", [number(run.before["ce"]), number(last["ce"])]))
         rows.append(("probe: KL to the pre-trained model", [number(0.0), number(last["kl"])]))
         rows.append((f"probe: entropy, {_entropy_of(run)}", [number(run.before["entropy"]), number(last["entropy"])]))
-    about = [(name, [value]) for name, value in run.about.items()]
-    about.append(("Steps", [f"{run.step:,} of {run.max_steps:,}"]))
-    return (
-        _table("Run", about, ())
-        + _table("Results", rows, ("", "first", "last"), "nats a token, the SVD term a ratio")
-        + _table("Cost", _cost(run), ())
-    )
+    return rows
 
 
 def _cost(run: Run) -> list[tuple[str, list[str]]]:
@@ -155,7 +157,7 @@ def _cost(run: Run) -> list[tuple[str, list[str]]]:
     rows = []
     if seconds and tokens:
         rows.append(("trained tokens a second" + each, [number(tokens / seconds)]))
-    if seconds:
+    if seconds and steps:
         rows.append(("seconds a step", [number(seconds / steps)]))
     if run.speed:
         last = run.speed[-1]
@@ -169,7 +171,7 @@ def _cost(run: Run) -> list[tuple[str, list[str]]]:
 
 
 def _ends(values: Iterable[Any]) -> list[str]:
-    found = [float(v) for v in values]
+    found = [v for v in values if _is_number(v)]
     return [number(found[0]), number(found[-1])] if found else ["–", "–"]
 
 
@@ -177,16 +179,36 @@ def _entropy_of(run: Run) -> str:
     return "whole vocabulary" if run.config.diversity == "full" else f"top {run.config.entropy_top_k}"
 
 
-def _table(title: str, rows: Sequence[tuple[str, Sequence[str]]], columns: Sequence[str], note: str = "") -> str:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _or_why(title: str, level: str, make: Callable[[], str]) -> str:
+    """A heading and what ``make`` gives; where that fails, why: the rest of the page stays."""
+    try:
+        inside = make()
+    except Exception as error:
+        inside = _why_not(error)
+    return f"<div><{level}>{escape(title)}</{level}>{inside}</div>"
+
+
+def _why_not(error: Exception) -> str:
+    return f"<p class=empty>{escape(f'This could not be shown: {type(error).__name__}: {error}'[:300])}</p>"
+
+
+def _table(rows: Sequence[tuple[str, Sequence[str]]], columns: Sequence[str] = (), note: str = "") -> str:
     head = "".join(f"<th scope=col>{escape(c)}</th>" if c else "<td></td>" for c in columns)
     body = "".join(
         f"<tr><th scope=row>{escape(name)}</th>{''.join(f'<td>{escape(v)}</td>' for v in values)}</tr>"
         for name, values in rows
     )
-    title = f"<h2>{escape(title)}</h2>" if title else ""
     note = f"<p class=note>{escape(note)}</p>" if note else ""
     kind = " class=numbers" if columns else ""
-    return f"<div>{title}<table{kind}>{f'<thead><tr>{head}</tr></thead>' if head else ''}{body}</table>{note}</div>"
+    return f"<table{kind}>{f'<thead><tr>{head}</tr></thead>' if head else ''}{body}</table>{note}"
+
+
+def _settings_table(values: Mapping[str, Any]) -> str:
+    return _table([(name, [_setting(name, value)]) for name, value in values.items()])
 
 
 def _setting(name: str, value: Any) -> str:
@@ -197,19 +219,25 @@ def _setting(name: str, value: Any) -> str:
 
 # ---- the plots ----
 
+_Curves = Callable[[], Sequence[Curve]]  # made inside of the figure: one that fails leaves the others
+
 
 def _plots(run: Run) -> list[str]:
     logs = [h for h in run.history if "loss" in h]
-    evaluations = [h for h in run.history if "eval_loss" in h]
     x_range = (0.0, float(max(run.step, 1)))
     before = run.before or {}
+    names = {name: "SVD" if name == "svd" else name for name, *_ in _TERMS}
     no_log = "Nothing has been logged yet."
     no_probe = f"Not measured: {run.no_probe}" if run.no_probe else "Not measured yet."
 
     def logged(name: str, label: str, color: str, weight: str | None = None) -> Curve:
-        found = [h for h in logs if name in h and (weight is None or weight in h)]
-        values = [float(h[name]) * (1.0 if weight is None else h[weight]) for h in found]
+        found = [h for h in logs if _is_number(h.get(name)) and (weight is None or _is_number(h.get(weight)))]
+        values = [h[name] * (1.0 if weight is None else h[weight]) for h in found]
         return Curve(label, color, [h["step"] for h in found], values)
+
+    def evaluated() -> Curve:
+        found = [h for h in run.history if _is_number(h.get("eval_loss"))]
+        return Curve("eval loss", _EVAL, [h["step"] for h in found], [h["eval_loss"] for h in found])
 
     def probed(name: str, label: str, color: str) -> Curve:
         return Curve(label, color, [p["step"] for p in run.probe], [p[name] for p in run.probe])
@@ -218,43 +246,53 @@ def _plots(run: Run) -> list[str]:
         value = before.get(name, math.nan)
         return Curve(label, _PRE_TRAINED, x_range, [value, value], dashed=True)
 
-    evaluated = Curve(
-        "eval loss", _EVAL, [h["step"] for h in evaluations], [float(h["eval_loss"]) for h in evaluations]
-    )
-    losses = [
-        logged("loss", "loss", _LOSS)._replace(width=2.8),  # CE lies on it
-        logged("ce", "CE", _CE),
-        evaluated,
-        probed("ce", "probe CE", _PROBE),
-    ]
-    names = {name: "SVD" if name == "svd" else name for name, *_ in _TERMS}
-    shares = [logged(name, names[name], color, f"lambda_{name}") for name, _, color, _ in _TERMS]
-    weights = [logged(f"lambda_{name}", symbol, color) for name, symbol, color, _ in _TERMS]
-    sigma = []
-    if before.get("spectrum") and run.probe and run.probe[-1]["spectrum"]:
-        for label, color, values in (
-            ("pre-trained", _PRE_TRAINED, before["spectrum"]),
-            ("now" if run.status == "running" else "after", _SVD, run.probe[-1]["spectrum"]),
-        ):
-            sigma.append(Curve(label, color, range(1, len(values) + 1), values, dashed=label == "pre-trained"))
-    tokens = [p for p in run.speed if p["tokens"] and p["seconds"]]
-    speed = Curve("", _NEUTRAL, [p["step"] for p in tokens], [p["tokens"] / p["seconds"] for p in tokens])
-    memory = [
-        Curve(name, color, [p["step"] for p in run.speed if name in p], [p[name] / 1e9 for p in run.speed if name in p])
-        for name, color in (("device", _LOSS), ("host", _NEUTRAL))
-    ]
+    def losses() -> list[Curve]:
+        loss = logged("loss", "loss", _LOSS)._replace(width=2.8)  # CE lies on it
+        return [loss, logged("ce", "CE", _CE), evaluated(), probed("ce", "probe CE", _PROBE)]
 
-    def figure(title: str, note: str, curves: Sequence[Curve], unit: str, empty: str, from_zero: bool = False) -> str:
+    def shares() -> list[Curve]:
+        return [logged(name, names[name], color, f"lambda_{name}") for name, _, color, _ in _TERMS]
+
+    def weights() -> list[Curve]:
+        return [logged(f"lambda_{name}", symbol, color) for name, symbol, color, _ in _TERMS]
+
+    def entropies() -> list[Curve]:
+        return [probed("entropy", "fine-tuned", _DIVERSITY), level("entropy", "pre-trained")]
+
+    def sigma() -> list[Curve]:
+        if not (before.get("spectrum") and run.probe and run.probe[-1]["spectrum"]):
+            return []
+        now = ("now" if run.status == "running" else "after", _SVD, run.probe[-1]["spectrum"])
+        curves = []
+        for label, color, values in (("pre-trained", _PRE_TRAINED, before["spectrum"]), now):
+            kept = [v for v in values if v >= _LEAST_SIGMA * values[0]]
+            curves.append(Curve(label, color, range(1, len(kept) + 1), kept, dashed=label == "pre-trained"))
+        return curves
+
+    def speed() -> list[Curve]:
+        points = [p for p in run.speed if p["tokens"] and p["seconds"]]
+        return [Curve("", _NEUTRAL, [p["step"] for p in points], [p["tokens"] / p["seconds"] for p in points])]
+
+    def memory() -> list[Curve]:
+        curves = []
+        for name, color in (("device", _LOSS), ("host", _NEUTRAL)):
+            points = [p for p in run.speed if name in p]
+            curves.append(Curve(name, color, [p["step"] for p in points], [p[name] / 1e9 for p in points]))
+        return curves
+
+    def figure(title: str, note: str, curves: _Curves, unit: str, empty: str, from_zero: bool = False) -> str:
         return _figure(title, note, curves, unit, empty, x_range=x_range, from_zero=from_zero)
+
+    def one(curve: Callable[..., Curve], *of: str) -> _Curves:
+        return lambda: [curve(*of)]
 
     no_norm = "The Trainer logs no gradient norm in this run." if logs else no_log
     no_token = "No token has been counted." if logs else no_log
     kl, entropy = "KL(pre-trained ‖ fine-tuned), temperature 1", f"of the next token, {_entropy_of(run)}"
-    entropies = [probed("entropy", "fine-tuned", _DIVERSITY), level("entropy", "pre-trained")]
     spectrum = ("Spectrum of the logits", "singular values over their Frobenius norm", sigma, "σᵢ / ‖Z‖", no_probe)
     sections = {
         "Loss": [
-            figure("Loss", "CE + Σ λ · term, and the cross-entropy in it", losses, _NATS, no_log),
+            figure("Loss", "what is minimized, and the cross-entropy in it", losses, _NATS, no_log),
             figure("Weighted terms", "λ · term, what each adds to the loss", shares, _NATS, no_log),
             figure("Weights", "λ₁ consistency, λ₂ diversity, λ₃ SVD", weights, "λ", no_log, from_zero=True),
         ],
@@ -262,27 +300,23 @@ def _plots(run: Run) -> list[str]:
             figure(
                 f"{names[name][0].upper()}{names[name][1:]} term",
                 note,
-                [logged(name, "", color)],
+                one(logged, name, "", color),
                 "ratio" if name == "svd" else _NATS,
                 _why_empty(run, name, symbol) or no_log,
             )
             for name, symbol, color, note in _TERMS
         ],
         "Distance from the pre-trained model": [
-            figure(
-                "KL to the pre-trained model", kl, [probed("kl", "", _CONSISTENCY)], _NATS, no_probe, from_zero=True
-            ),
+            figure("KL to the pre-trained model", kl, one(probed, "kl", "", _CONSISTENCY), _NATS, no_probe, True),
             figure("Entropy", entropy, entropies, "nats", no_probe),
             _figure(*spectrum, x_label="i", log=True),
         ],
         "Optimization": [
-            figure("Learning rate", "", [logged("learning_rate", "", _NEUTRAL)], "", no_log, from_zero=True),
-            figure(
-                "Gradient norm", "before clipping", [logged("grad_norm", "", _NEUTRAL)], "", no_norm, from_zero=True
-            ),
+            figure("Learning rate", "", one(logged, "learning_rate", "", _NEUTRAL), "", no_log, from_zero=True),
+            figure("Gradient norm", "before clipping", one(logged, "grad_norm", "", _NEUTRAL), "", no_norm, True),
         ],
         "Cost": [
-            figure("Speed", "without evaluations and checkpoints", [speed], "trained tokens a second", no_token, True),
+            figure("Speed", "without evaluations and checkpoints", speed, "trained tokens a second", no_token, True),
             figure("Peak memory", "so far", memory, "GB", no_log, from_zero=True),
         ],
     }
@@ -294,8 +328,18 @@ def _plots(run: Run) -> list[str]:
     ]
 
 
-def _figure(title: str, note: str, curves: Sequence[Curve], unit: str, empty: str, **options: Any) -> str:
-    """One plot, or in its place why there is none. Each curve is labelled with its name and its last value."""
+def _figure(title: str, note: str, curves: _Curves, unit: str, empty: str, **options: Any) -> str:
+    """One plot, or in its place why there is none."""
+    caption = f"<figcaption><h3>{escape(title)}</h3>{f'<p>{escape(note)}</p>' if note else ''}</figcaption>"
+    try:
+        inside = _plot(title, curves(), unit, **options) or f"<p class=empty>{escape(empty)}</p>"
+    except Exception as error:
+        inside = _why_not(error)
+    return f"<figure>{caption}{inside}</figure>"
+
+
+def _plot(title: str, curves: Sequence[Curve], unit: str, **options: Any) -> str:
+    """Each curve is labelled with its name and its last value. Empty where no curve has a point."""
     shown, heard = [], []
     for curve in curves:
         finite = [v for v in curve.y if math.isfinite(v)]
@@ -304,11 +348,10 @@ def _figure(title: str, note: str, curves: Sequence[Curve], unit: str, empty: st
         last = number(finite[-1], 3)
         shown.append(curve._replace(label=f"{curve.label} {last}".strip()) if options.get("log") is None else curve)
         heard.append(f"{curve.label or unit or title} from {number(finite[0], 3)} to {last}")
-    caption = f"<figcaption><h3>{escape(title)}</h3>{f'<p>{escape(note)}</p>' if note else ''}</figcaption>"
     if not shown:
-        return f"<figure>{caption}<p class=empty>{escape(empty)}</p></figure>"
+        return ""
     label = escape(f"{title}: {'; '.join(heard)}", quote=True)
-    return f'<figure>{caption}<div role=img aria-label="{label}">{draw(shown, unit, **options)}</div></figure>'
+    return f'<div role=img aria-label="{label}">{draw(shown, unit, **options)}</div>'
 
 
 def _why_empty(run: Run, name: str, symbol: str) -> str:

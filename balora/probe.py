@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import functional, reference, spectral
+from . import functional, reference
 from .config import BALoraConfig
 from .modeling import attachment
 from .output_layer import heads_of
@@ -39,12 +39,13 @@ class Probe:
 
     Args:
         model: attached by ``balora.attach``, perhaps wrapped since.
-        rows: examples with ``input_ids`` and ``labels`` (−100: not scored), as lists or tensors [S]. They are taken
-            from the first on, up to 256 scored tokens or 32 rows; the last one is cut.
+        rows: examples with ``input_ids`` and ``labels`` (−100: not scored), as lists or tensors [S]; without labels,
+            each token is scored that an ``attention_mask`` does not leave out. They are taken from the first on, up to
+            256 scored tokens or 32 rows; the last one is cut.
         autocast: the type of the training's autocast, None without one.
 
     Raises:
-        ValueError: the model is not attached, or no token of the rows is scored.
+        ValueError: the model is not attached, a row has no ``input_ids``, or no token of the rows is scored.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ def _taken(rows: Iterable[Mapping[str, Any]]) -> tuple[list[tuple[Tensor, Tensor
     for row in rows:
         if not left or len(taken) == ROWS:
             break
-        ids, labels = (torch.as_tensor(row[name], dtype=torch.int64).cpu() for name in ("input_ids", "labels"))
+        ids, labels = _ids_and_labels(row)
         ids, labels = ids[:-1], labels[1:]  # position t is scored against label t + 1
         scored = (labels != functional.IGNORE_INDEX).nonzero().squeeze(-1)[:left]
         if len(scored):
@@ -136,6 +137,18 @@ def _taken(rows: Iterable[Mapping[str, Any]]) -> tuple[list[tuple[Tensor, Tensor
             taken.append((ids[:end], labels[:end], scored))
             left -= len(scored)
     return taken, TOKENS - left
+
+
+def _ids_and_labels(row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    if not isinstance(row, Mapping) or "input_ids" not in row:
+        found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise ValueError(f"rows: expected examples with input_ids and labels, found {found or 'an empty one'}")
+    ids = torch.as_tensor(row["input_ids"], dtype=torch.int64).cpu()
+    if "labels" in row:
+        return ids, torch.as_tensor(row["labels"], dtype=torch.int64).cpu()
+    # A collator makes the labels of the ids, such as DataCollatorForLanguageModeling: all but the padding.
+    real = torch.as_tensor(row.get("attention_mask", torch.ones_like(ids))).cpu()
+    return ids, ids.masked_fill(real == 0, functional.IGNORE_INDEX)
 
 
 def _tiles(hidden: Tensor, head: functional.LinearHead) -> Iterator[Tensor]:
@@ -152,7 +165,7 @@ def _spectrum(tiles: Iterable[Tensor]) -> list[float]:
     """σ_i(Z) / ‖Z‖_F, descending, of Z [N, V] in tiles of columns: its Gram matrix is [N, N]."""
     gram: Tensor | float = 0.0
     for z in tiles:
-        wide = z.to(spectral.accumulation_dtype(z))
+        wide = z.double()  # of float32 squares a σ below 3e-4 of the largest would be rounding
         gram = gram + wide @ wide.T
     assert isinstance(gram, Tensor)
     if not torch.isfinite(gram).all():

@@ -6,15 +6,19 @@ import functools
 import json
 import logging
 import os
+import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from . import __version__, dispatch
@@ -58,16 +62,17 @@ class ReportCallback(TrainerCallback):
     the time), and at the end; it replaces the one before at once. It shows what the Trainer logs, the speed in trained
     tokens, peak memory, and a probe: at most 256 tokens of fixed rows, forwarded before the training, up to 20 times in
     it (no more than 3 % of the time) and after it: cross-entropy, KL to the pre-trained model, entropy and
-    the singular values of the logits. The training is bit for bit the same with it and without. What cannot be had
-    from the Trainer's log is kept beside the page in ``report.json``, from which a resumed run goes on.
+    the singular values of the logits. The training is bit for bit the same with it and without: what the examples draw
+    at random when they are read is given back, of torch's, numpy's and Python's own generators. What cannot be had from
+    the Trainer's log is kept beside the page in ``report.json``, from which a resumed run goes on.
 
     With several processes there is no probe, and the first process writes. An error, such as a full disk, is logged
     once as a warning; the training goes on.
 
     Args:
         path: the file to write; its folder is made.
-        held_out: examples that are not trained on, with ``input_ids`` and ``labels``, for the probe. None: the first
-            rows of the training data.
+        held_out: examples that are not trained on, with ``input_ids`` and ``labels`` (else all tokens are scored), for
+            the probe. None: the first rows of the training data; they must have an index.
         about: lines for the table of the run, by name; "Model" is also the title. None: the model's name.
         settings: tables of settings by title, shown folded, in addition to the objective's.
     """
@@ -80,7 +85,8 @@ class ReportCallback(TrainerCallback):
         settings: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.path = Path(path)
-        self._held_out = None if held_out is None else list(islice(held_out, ROWS))
+        with _same_random_numbers():
+            self._held_out = None if held_out is None else list(islice(held_out, ROWS))
         self._about, self._settings = about, settings
         self._complained = False
         self._drawn_at: float | None = None
@@ -233,7 +239,11 @@ class ReportCallback(TrainerCallback):
             rows, where = self._held_out, "evaluation data"
             if rows is None:
                 data, where = train_dataloader.dataset, "training data"
-                rows = [data[i] for i in range(min(ROWS, len(data)))]  # not through the loader: it draws random numbers
+                if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+                    run.no_probe = "the training data cannot be indexed; pass held_out."
+                    return
+                with _same_random_numbers():  # not through the loader, which draws some too
+                    rows = [data[i] for i in range(min(ROWS, len(data)))]
             autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
             probe = Probe(model, rows, autocast)
             run.probe_rows = f"{probe.tokens} tokens of the first {len(probe.rows)} rows of the {where}"
@@ -303,6 +313,18 @@ class ReportCallback(TrainerCallback):
         if whole:
             run.speed, run.probe, run.spent = speed, probe, spent
             run.elapsed = speed[-1]["elapsed"] if speed else 0.0
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """What is drawn inside is drawn again after it. Data sets draw from the global generators."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _write(path: Path, text: str) -> None:

@@ -98,7 +98,6 @@ MAY_IMPORT = {
         "balora.output_layer",
         "balora.pissa",
         "balora.reference",
-        "balora.spectral",
     },
     "plots": {"matplotlib", "numpy"},
     "page": {"balora.config", "balora.plots"},

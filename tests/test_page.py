@@ -126,6 +126,67 @@ def test_evaluations():
     assert row(render(run(history=history() + extra[:1])), "eval loss") == ["", "2.5"]
 
 
+@pytest.mark.parametrize("value", [[1, 2], None, "x", {"a": 1}, True])
+def test_what_is_no_number_is_passed_over(value):
+    logs = history()
+    logs[-1] |= dict(loss=value, ce=value, svd=value, lambda_svd=value, grad_norm=value)
+    logs += [
+        dict(step=20, eval_loss=2.5, eval_m=value, eval_n=1),
+        dict(step=30, eval_loss=value, eval_m=value, eval_n=value),
+        dict(step=40, eval_loss=2.25, eval_m=value, eval_n=3),
+    ]
+    html = render(run(history=logs))
+    assert "could not be shown" not in html
+    assert row(html, "loss") == ["2.95", "2.05"]
+    assert row(html, "eval loss") == ["2.5", "2.25"]
+    assert row(html, "eval n") == ["1", "3"]
+    assert "<th scope=row>eval m</th>" not in html
+    assert "loss from 2.95 to 2.05; CE from 2.85 to 1.95; eval loss from 2.5 to 2.25" in labels(html)["Loss"]
+    assert len(labels(html)) == 13
+
+
+def test_a_table_or_plot_that_fails_leaves_the_rest(monkeypatch):
+    html = render(run(speed=[dict(step=2, steps=2, tokens=3, seconds="x", host=2e9)]))
+    assert Reader(html).text.count("This could not be shown: TypeError: ") == 2  # the costs and the speed
+    assert row(html, "loss") == ["2.95", "2"]
+    assert len(labels(html)) == 12
+    assert "Speed" not in labels(html)
+    html = render(run(probe=[dict(step=0, ce="<x>", kl=0.0, entropy=1.9, spectrum=[0.9])]))
+    assert {"Entropy", "Spectrum of the logits", "Weights", "Speed"} <= labels(html).keys()
+    assert "Loss" not in labels(html)
+    assert row(html, "seconds a step") == ["0.75"]
+    html = render(run(settings={"Odd": {"a": {(1, 2): 3}}, "Recipe": {"learning_rate": 1e-4}}))
+    assert html.count("This could not be shown: TypeError: keys must be str") == 1
+    assert row(html, "learning_rate") == ["0.0001"]
+
+    def no_ink(*_, **__):
+        raise RuntimeError("<no ink>")
+
+    monkeypatch.setattr(page, "draw", no_ink)
+    html = render(run())
+    assert html.count("This could not be shown: RuntimeError: &lt;no ink&gt;") == 13
+    assert row(html, "loss") == ["2.95", "2"]
+
+
+def test_seconds_without_a_step_have_no_quotient():
+    html = render(run(step=0, speed=[dict(step=0, steps=0, tokens=0, seconds=1.5, elapsed=2.0, host=2e9)]))
+    assert "seconds a step" not in html
+    assert row(html, "peak memory, host") == ["2.00 GB"]
+
+
+def test_the_spectrum_leaves_out_rounding():
+    sigma = [0.9, 0.3, 1e-4, 1e-6, 8e-7, 2e-8, 0.0]
+    probe = [dict(step=40, ce=2.25, kl=0.125, entropy=1.75, spectrum=sigma)]
+    html = render(run(before=dict(ce=3.1, entropy=1.9, spectrum=sigma[::6]), probe=probe, status="finished"))
+    assert labels(html)["Spectrum of the logits"].endswith(": pre-trained from 0.9 to 0.9; after from 0.9 to 1e−6")
+
+
+def test_the_loss_is_not_said_to_be_less_than_it_is():
+    """A mixture of experts adds an auxiliary loss of its own, which is none of the terms."""
+    assert "CE + Σ λ" not in render(run())
+    assert "what is minimized, and the cross-entropy in it" in render(run())
+
+
 def test_every_plot_says_in_words_what_it_shows():
     found = labels(render(run()))
     assert found.keys() == {

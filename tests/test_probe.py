@@ -161,11 +161,24 @@ def test_it_takes_256_tokens_and_32_rows_at_most():
     assert Probe(model, [dict(input_ids=[1, 2], labels=[-100, -100]), *one]).tokens == 1
 
 
+def test_rows_without_labels_are_scored_whole_but_for_the_padding():
+    model = trained()
+    ids = [r["input_ids"] for r in rows()]
+    bare = Probe(model, [dict(input_ids=row) for row in ids])
+    assert bare.tokens == 6 * 13
+    assert bare.measure() == Probe(model, [dict(input_ids=row, labels=row) for row in ids]).measure()
+    padded = [dict(input_ids=[*row, 0, 0], attention_mask=[1] * 14 + [0, 0]) for row in ids]
+    assert Probe(model, padded).measure() == bare.measure()
+
+
 def test_what_cannot_be_measured():
     model = trained()
     for bad in ([], [dict(input_ids=[1, 2], labels=[2, -100])]):
         with pytest.raises(ValueError, match="rows: expected input_ids and labels with a token that is scored"):
             Probe(model, bad)
+    for bad, found in [({"text": "a", "id": 3}, "text, id"), ({}, "an empty one"), ([1, 2], "list")]:
+        with pytest.raises(ValueError, match=f"rows: expected examples with input_ids and labels, found {found}$"):
+            Probe(model, [bad])
     balora.detach(model)
     with pytest.raises(ValueError, match="not attached"):
         Probe(model, rows())

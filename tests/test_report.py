@@ -3,21 +3,23 @@
 import json
 import logging
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 
 pytest.importorskip("matplotlib")
 
 import balora
 import balora.cli
-from balora import BALoraConfig, page, plots, report, trainer
+from balora import BALoraConfig, page, plots, report, train
 from balora.report import ReportCallback
 from balora.trainer import BALoraCallback, BALoraTrainer
 
@@ -85,6 +87,41 @@ def test_the_training_is_the_same_bits_with_and_without(tmp_path, eager, drawn, 
     terms = ("loss", "ce", "consistency", "diversity", "svd", "grad_norm")
     pick = lambda t: [{n: h[n] for n in terms if n in h} for h in t.state.log_history]  # noqa: E731
     assert pick(plain) == pick(watched)
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Rows that are changed at random whenever they are read, as augmented data are."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        if i >= len(self):
+            raise IndexError
+        ids = list(examples()[i]["input_ids"])
+        ids[-1], ids[-2] = random.randint(1, 96), int(np.random.randint(1, 97))  # noqa: NPY002
+        ids[-3] = int(torch.randint(1, 97, ()))
+        return dict(input_ids=ids, labels=ids)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_examples_that_are_drawn_at_random_are_the_same_with_and_without(tmp_path, eager, held_out):
+    found = []
+    for watched in (False, True):
+        run = build(tmp_path, max_steps=3)
+        run.train_dataset = Noisy()
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        torch.manual_seed(1)
+        if watched:
+            run.add_callback(ReportCallback(tmp_path / "report.html", Noisy() if held_out else None))
+        run.train()
+        draws = torch.rand(3).tolist(), random.random(), np.random.random()  # noqa: NPY002
+        found.append((adapters(run.model), draws))
+    (a, drawn), (b, drawn_too) = found
+    assert drawn == drawn_too
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert len(kept(tmp_path)["probe"]) > 1
 
 
 def test_what_a_run_leaves(tmp_path, drawn):
@@ -330,6 +367,58 @@ def test_an_error_of_the_report_is_said_once_and_stops_nothing(tmp_path, monkeyp
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.parametrize("metric", [[1, 2], None, "x", {"a": 1}, True])
+def test_a_metric_that_is_no_number_leaves_the_page(tmp_path, caplog, metric):
+    run = build(tmp_path, [ReportCallback(tmp_path / "report.html")], eval_dataset=examples(4), eval_strategy="epoch")
+    run.compute_metrics = lambda _: {"m": metric, "share": 0.5}
+    run.train()
+    html = (tmp_path / "report.html").read_text()
+    assert "Finished: 8 steps" in html
+    assert row(html, "eval share") == ["0.5", "0.5"]
+    assert "<th scope=row>eval m</th>" not in html
+    assert "could not be shown" not in html
+    assert "balora.report" not in {r.name for r in caplog.records}
+
+
+def test_labels_that_the_collator_makes(tmp_path):
+    class Tokenizer:  # what the collator asks of one
+        mask_token, pad_token, pad_token_id = None, "0", 0
+
+        def pad(self, rows, return_tensors, pad_to_multiple_of):
+            return {"input_ids": torch.tensor([r["input_ids"] for r in rows])}
+
+    run = build(tmp_path, [ReportCallback(tmp_path / "report.html")])
+    run.train_dataset = [dict(input_ids=r["input_ids"]) for r in examples()]
+    run.data_collator = DataCollatorForLanguageModeling(Tokenizer(), mlm=False)
+    run.train()
+    html = (tmp_path / "report.html").read_text()
+    assert f"{16 * 11} tokens of the first 16 rows of the training data" in html
+    assert kept(tmp_path)["probe"][-1]["kl"] > 0
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from examples()
+
+
+class Sized(Stream):
+    def __len__(self):
+        return 16
+
+
+@pytest.mark.parametrize("kind", [Stream, Sized])
+def test_a_stream_has_no_probe_unless_rows_are_held_out(tmp_path, caplog, kind):
+    for held_out in (None, kind()):
+        run = build(tmp_path, [ReportCallback(tmp_path / "report.html", held_out)])
+        run.train_dataset = kind()
+        run.train()
+        html = (tmp_path / "report.html").read_text()
+        why = "Not measured: the training data cannot be indexed; pass held_out.<"
+        assert html.count(why) == (3 if held_out is None else 0)
+        assert len(labels(html)) == (10 if held_out is None else 13)
+    assert "balora.report" not in {r.name for r in caplog.records}
+
+
 def test_rows_that_cannot_be_probed_leave_the_rest(tmp_path):
     run = build(tmp_path, [ReportCallback(tmp_path / "report.html", held_out=[])])
     run.train()
@@ -390,12 +479,12 @@ def test_balora_train_writes_the_report_and_names_it(tmp_path, capsys, drawn):
 def test_a_run_that_crashes_says_how_far_it_came(tmp_path):
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser((trainer.RunArguments, BALoraConfig, TrainingArguments))
+    parser = HfArgumentParser((train.RunArguments, BALoraConfig, TrainingArguments))
     run, config, arguments = parser.parse_args_into_dataclasses(command(tmp_path, "--save_strategy", "no"))
-    ready = trainer.setup(run, config, arguments)
+    ready = train.setup(run, config, arguments)
     ready[0].add_callback(Break(5))
     with pytest.raises(KeyboardInterrupt):
-        trainer.train(*ready)
+        train.train(*ready)
     html = (tmp_path / "run" / "report.html").read_text()
     assert re.search(r"Stopped at step 5 of 6, after \d+ s: KeyboardInterrupt<", html)
     assert "refresh" not in html
