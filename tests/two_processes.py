@@ -20,9 +20,8 @@ from tests.test_trainer import examples
 def main(out: Path, batch: int, average: bool) -> None:
     torch.set_num_threads(1)
     model = balora.get_pissa_model(tiny_llama(), r=4)
-    config = BALoraConfig(
-        lambda_consistency=0.5, lambda_diversity=0.3, lambda_svd=0.0, focus_warmup=0.0, focus_ramp=0.0
-    )
+    constant = dict(consistency_schedule="constant", focus_schedule="constant")
+    config = BALoraConfig(lambda_consistency=0.5, lambda_diversity=0.3, lambda_svd=0.0, **constant)
     balora.attach(model, config)
     arguments = TrainingArguments(
         str(out),
