@@ -36,16 +36,17 @@ class RunArguments:
     data: str = field(
         metadata={
             "help": "what to train on: a JSONL, JSON, CSV, TSV or Parquet file, a folder of such files, or owner/name "
-            "or owner/name:config of a data set on the hub. Its columns: instruction (with input), query, question, "
-            "problem or prompt, and output, response, answer, solution or completion; or messages or conversations"
+            "or owner/name:config of a data set on the hub. Its columns: instruction, query, question, problem (input "
+            "or context beside them is appended) or prompt, and output, response, answer, solution or completion; "
+            "or messages or conversations"
         }
     )
     data_split: str | None = field(
         default=None,
-        metadata={"help": "split of a folder or hub data set, or a slice such as train[:1000]; unset: train"},
+        metadata={"help": "split of a folder or hub data set, or a slice: train[:1000]; unset: train, or the only one"},
     )
     eval_data: str | None = field(default=None, metadata={"help": "data of the same kind, evaluated at the end"})
-    eval_split: str | None = field(default=None, metadata={"help": "split of eval_data; unset: test"})
+    eval_split: str | None = field(default=None, metadata={"help": "split of eval_data; unset: test, or the only one"})
     r: int = field(default=128, metadata={"help": "rank of the PiSSA adapters"})
     lora_alpha: float = field(default=128, metadata={"help": "the adapters' scaling times their rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout in front of the adapters"})

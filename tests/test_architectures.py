@@ -15,16 +15,7 @@ from balora import functional as F
 
 from .architectures import ARCHITECTURES, VOCAB, block_layers, tiny
 from .conftest import batch
-
-CONFIG = BALoraConfig(
-    lambda_consistency=0.5,
-    lambda_diversity=0.3,
-    lambda_svd=0.4,
-    entropy_top_k=5,
-    svd_rank=3,
-    consistency_schedule="constant",
-    focus_schedule="constant",
-)
+from .test_modeling import CONFIG
 
 
 def lora(name="llama", dtype=torch.float64, targets=(), base=None, **options):
