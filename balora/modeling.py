@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from .config import BALoraConfig
 from .functional import IGNORE_INDEX, BALoraOutput, linear_objective, logits_objective
 from .output_layer import Heads, decoder_of, difference, heads_of
-from .pissa import teacher
+from .pissa import head_modules, teacher
 
 # peft initializations that write to the base weights: with the adapters off, such a model is not the pre-trained one.
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal", "lora_ga")
@@ -73,8 +73,6 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
         raise TypeError(f"peft_model: expected a peft.PeftModel, found {type(peft_model).__name__}")
     if not isinstance(config, BALoraConfig):
         raise TypeError(f"config: expected a BALoraConfig, found {type(config).__name__}")
-    if config.task != "nlg":
-        raise ValueError(f"config: task={config.task!r} is not supported by attach so far; use balora.functional")
     if _find(peft_model) is not None:
         raise ValueError("peft_model: it is attached already; call balora.detach first")
     for adapter in peft_model.peft_config.values():
@@ -95,17 +93,11 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
     base = peft_model.get_base_model()
     if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError("peft_model: encoder-decoder models are not supported so far")
-    if getattr(base, "get_output_embeddings", lambda: None)() is None:
+    if config.task == "nlg" and getattr(base, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(f"peft_model: {type(base).__name__} has no output embedding; expected a causal language model")
-    found = heads_of(base)
-    reason = found if isinstance(found, str) else difference(peft_model, found)
-    if reason is not None:
-        warnings.warn(
-            f"{type(base).__name__}: {reason}; the loss is computed from the model's logits, which takes "
-            "[tokens, vocabulary] tensors and more time",
-            stacklevel=2,
-        )
-    heads = None if reason is not None or isinstance(found, str) else found
+    if config.task == "nlu" and not type(base).__name__.endswith("ForSequenceClassification"):
+        raise ValueError(f"config: task='nlu' expects a sequence classifier, found {type(base).__name__}")
+    heads = None if config.task == "nlu" else _known_heads(peft_model)
     base._balora = Attachment(config, heads, base.__dict__.get("forward"))
     base.balora_last = None
 
@@ -115,6 +107,21 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
 
     base.forward = types.MethodType(forward, base)
     return peft_model
+
+
+def _known_heads(peft_model: peft.PeftModel) -> Heads | None:
+    """The model's output layer as linear maps, or None, and a warning, where it is none."""
+    base: Any = peft_model.get_base_model()
+    found = heads_of(base)
+    reason = found if isinstance(found, str) else difference(peft_model, found)
+    if reason is None and not isinstance(found, str):
+        return found
+    warnings.warn(
+        f"{type(base).__name__}: {reason}; the loss is computed from the model's logits, which takes "
+        "[tokens, vocabulary] tensors and more time",
+        stacklevel=3,
+    )
+    return None
 
 
 def detach(peft_model: nn.Module) -> None:
@@ -169,6 +176,8 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             "labels: a model attached to BA-LoRA needs labels in training, found None (label smoothing and "
             "compute_loss_func take them out of the batch: leave them off)"
         )
+    if state.config.task == "nlu":
+        return _classify(self, original, arguments)
     loss_arguments = {name: arguments.pop(name, None) for name in _LOSS_ARGUMENTS}
     if loss_arguments["ignore_index"] not in (None, IGNORE_INDEX):
         raise ValueError(f"ignore_index: expected {IGNORE_INDEX}, found {loss_arguments['ignore_index']}")
@@ -193,6 +202,23 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kept["loss"] = result.loss + _aux_weight(self) * outputs.aux_loss.to(result.loss.device)
         output = MoeCausalLMOutputWithPast(**kept, aux_loss=outputs.aux_loss, router_logits=outputs.router_logits)
     return output.to_tuple() if as_tuple else output
+
+
+def _classify(self: Any, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """The forward of an attached sequence classifier: the objective of its class logits, [B, C]."""
+    state: Attachment = self._balora
+    labels, normalizer = arguments.pop("labels"), arguments.pop("num_items_in_batch", None)
+    config = _config_now(state)
+    state.summed = normalizer is not None
+    teacher_logits = None
+    if config.lambda_consistency != 0:
+        with torch.no_grad(), teacher(self, keep=tuple(head_modules(self))):
+            teacher_logits = original(**arguments).logits
+    outputs = original(**arguments)
+    result = logits_objective(outputs.logits, teacher_logits, labels, config, _at_least_one(normalizer, labels.device))
+    self.balora_last = result._replace(loss=result.loss.detach())
+    outputs.loss = result.loss
+    return outputs
 
 
 def _from_hidden(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +120,10 @@ def get_pissa_model(
         two_halves = getattr(model.config, "is_encoder_decoder", False)
         lora_config.setdefault("task_type", "SEQ_2_SEQ_LM" if two_halves else "CAUSAL_LM")
 
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        lora_config.setdefault("task_type", "SEQ_CLS")
+        lora_config.setdefault("modules_to_save", head_modules(model))
+
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     config = peft.LoraConfig(
         r=r, lora_alpha=lora_alpha, target_modules=target_modules, init_lora_weights=False, **lora_config
@@ -221,8 +225,14 @@ def _check_unshared(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
             )
 
 
+def head_modules(model: nn.Module) -> list[str]:
+    """The names of what a sequence classifier has beside its pre-trained body: the parts of its head with weights."""
+    body = getattr(model, "base_model_prefix", "")
+    return [name for name, m in model.named_children() if name != body and any(True for _ in m.parameters())]
+
+
 @contextmanager
-def teacher(model: nn.Module) -> Iterator[None]:
+def teacher(model: nn.Module, keep: Sequence[str] = ()) -> Iterator[None]:
     """Within the block the model is the pre-trained one: adapters off, evaluation mode (no dropout).
 
     A layer of the residual form computes with its frozen factors instead, W_res x + s·B₀(A₀ x): W up to one rounding of
@@ -235,7 +245,10 @@ def teacher(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the adapters are merged into the weights, which then are not the pre-trained ones.
     """
-    switched = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    kept = {id(m) for name, m in model.named_modules() if name.split(".")[-1] in keep}
+    switched = [
+        m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and id(m) not in kept
+    ]
     if any(getattr(m, "merged", False) for m in switched):
         raise ValueError("model: the adapters are merged into the weights; call unmerge_adapter() first")
     residual = [m for m in switched if form_of(m) == "residual"]

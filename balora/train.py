@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import yaml
 from transformers import (
@@ -25,6 +26,7 @@ from .adapters import FROZEN, checkpoint_form
 from .config import BALoraConfig
 from .modeling import attach
 from .pissa import export_lora, get_pissa_model, principal_errors
+from .targets import default_targets
 from .trainer import BALoraTrainer
 
 
@@ -47,12 +49,18 @@ class RunArguments:
     )
     eval_data: str | None = field(default=None, metadata={"help": "data of the same kind, evaluated at the end"})
     eval_split: str | None = field(default=None, metadata={"help": "split of eval_data; unset: test, or the only one"})
-    r: int = field(default=128, metadata={"help": "rank of the PiSSA adapters"})
+    adapter: str = field(
+        default="pissa",
+        metadata={
+            "help": "pissa, or for comparisons lora or dora with their usual random start (all three take every λ)"
+        },
+    )
+    r: int = field(default=128, metadata={"help": "rank of the adapters"})
     lora_alpha: float = field(default=128, metadata={"help": "the adapters' scaling times their rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout in front of the adapters"})
     form: str = field(
         default="offset",
-        metadata={"help": "of the adapters: offset (the base weights stay), or residual (W − s·B₀A₀; no dropout)"},
+        metadata={"help": "of PiSSA adapters: offset (the base weights stay), or residual (W − s·B₀A₀; no dropout)"},
     )
     target_modules: list[str] | None = field(
         default=None,
@@ -98,6 +106,8 @@ def setup(
         raise ValueError(f"max_length: expected at least 2 tokens, found {run.max_length}")
     if not 0 <= run.lora_dropout < 1:
         raise ValueError(f"lora_dropout: expected at least 0 and below 1, found {run.lora_dropout}")
+    if run.adapter not in ("pissa", "lora", "dora"):
+        raise ValueError(f"adapter: expected pissa, lora or dora, found {run.adapter!r}")
     if run.form not in FROZEN:
         raise ValueError(f"form: expected {' or '.join(map(repr, FROZEN))}, found {run.form!r}")
     if run.form == "residual" and run.lora_dropout:
@@ -134,23 +144,11 @@ def setup(
         model = AutoModelForCausalLM.from_pretrained(run.model, dtype=run.dtype)
     except Exception as error:  # the readers of weights raise types of their own
         raise ValueError(f"model: expected a causal language model at {run.model}; {error}") from error
-    targets: list[str] | str | None = run.target_modules
-    if targets and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
-        targets = targets[0]  # all-linear, or a pattern
-    model = get_pissa_model(
-        model,
-        r=run.r,
-        lora_alpha=run.lora_alpha,
-        lora_dropout=run.lora_dropout,
-        target_modules=targets,
-        form=run.form,
-        exclude_modules=run.exclude_modules,
-        modules_to_save=run.modules_to_save,
-    )
+    model = _adapted(model, run)
     if checkpoint is not None:
-        _check_adapters(model, run.form, checkpoint)
+        _check_adapters(model, run.form if run.adapter == "pissa" else None, checkpoint)
     attach(model, config)
-    start = principal_errors(model).summary
+    start = principal_errors(model).summary if run.adapter == "pissa" else {"lora": "LoRA", "dora": "DoRA"}[run.adapter]
     print(start, flush=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"model: {trained:,} trained parameters of {sum(p.numel() for p in model.parameters()):,}", flush=True)
@@ -166,7 +164,8 @@ def setup(
     )
     about = {"Model": run.model, "Training data": f"{run.data}: {train_set.summary()}"}
     about["Evaluation data"] = f"{run.eval_data}: {eval_set.summary()}" if eval_set else "none"
-    about["Adapters"] = f"{run.form} form, r = {run.r}, alpha = {run.lora_alpha:g}; {start.removeprefix('PiSSA: ')}"
+    form = f", {run.form} form" if run.adapter == "pissa" else ""
+    about["Adapters"] = f"{start}{form}, r = {run.r}, alpha = {run.lora_alpha:g}"
     _add_report(trainer, about, recipe)
     if recipe is not None:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)
@@ -174,6 +173,26 @@ def setup(
         text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
         (Path(training.output_dir) / RECIPE).write_text(text, encoding="utf-8")
     return trainer, checkpoint
+
+
+def _adapted(model: Any, run: RunArguments) -> peft.PeftModel:
+    targets: list[str] | str | None = run.target_modules
+    if targets and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
+        targets = targets[0]  # all-linear, or a pattern
+    options: dict[str, Any] = dict(
+        r=run.r,
+        lora_alpha=run.lora_alpha,
+        lora_dropout=run.lora_dropout,
+        exclude_modules=run.exclude_modules,
+        modules_to_save=run.modules_to_save,
+    )
+    if run.adapter == "pissa":
+        return get_pissa_model(model, target_modules=targets, form=run.form, **options)
+    targets = default_targets(model) if targets is None else targets
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(target_modules=targets, use_dora=run.adapter == "dora", task_type="CAUSAL_LM", **options),
+    )
 
 
 def train(trainer: BALoraTrainer, checkpoint: str | None) -> Path:
@@ -263,11 +282,12 @@ def _check_training(training: TrainingArguments) -> None:
     Trainer.get_optimizer_cls_and_kwargs(training)  # raises where the optimizer's package is missing
 
 
-def _check_adapters(model: Any, form: str, checkpoint: str) -> None:
+def _check_adapters(model: Any, form: str | None, checkpoint: str) -> None:
     """A checkpoint goes on with the adapters that it was made with: others would give its factors another meaning."""
     made = checkpoint_form(checkpoint)
     if made != form:
-        raise ValueError(f"form: expected {made!r}, as in {checkpoint}, found {form!r}")
+        name = "form" if made and form else "adapter"
+        raise ValueError(f"{name}: expected {made or 'no PiSSA'!r}, as in {checkpoint}, found {form or 'no PiSSA'!r}")
     now = model.peft_config["default"].to_dict()
     then = json.loads((Path(checkpoint) / "adapter_config.json").read_text())
     for name in ("r", "lora_alpha", "target_modules", "exclude_modules", "modules_to_save"):

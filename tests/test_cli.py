@@ -221,7 +221,7 @@ BAD = {
     "accumulation": (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps: "),
     "learning rate": (dict(learning_rate="nan"), "learning_rate: expected a finite number of at least 0, found nan"),
     "epochs": (dict(max_steps=-1, num_train_epochs=0), "num_train_epochs: expected a number above 0, found 0"),
-    "optimizer": (dict(optim="adamw_bnb_8bit"), "bitsandbytes"),
+    "optimizer": (dict(optim="lomo"), "lomo"),
     "reporter": (dict(report_to="comet_ml"), "comet"),
     "broken weights": (dict(model="BROKEN"), "model: expected a causal language model at "),
     "vocabulary": (dict(model="NARROW"), "but the model's vocabulary ends at 89"),

@@ -123,7 +123,9 @@ MAY_IMPORT = {
         "balora.data",
         "balora.modeling",
         "balora.pissa",
+        "balora.targets",
         "balora.trainer",
+        "peft",
     },
     "cli": {"transformers", "yaml", "balora", "balora.config"},
 }

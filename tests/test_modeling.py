@@ -279,7 +279,7 @@ def test_misuse_is_named():
     model = balora.get_pissa_model(tiny_llama(), r=4)
     with pytest.raises(TypeError, match="config: expected a BALoraConfig, found dict"):
         balora.attach(model, {})
-    with pytest.raises(ValueError, match="config: task='nlu' is not supported by attach so far"):
+    with pytest.raises(ValueError, match="config: task='nlu' expects a sequence classifier, found LlamaForCausalLM"):
         balora.attach(model, balora.BALoraConfig.preset("nlu_2025"))
     for call in (lambda: balora.detach(model), lambda: balora.set_progress(model, 0, 1)):
         with pytest.raises(ValueError, match="it is not attached; call balora.attach"):
