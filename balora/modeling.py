@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from . import causal_lm, encoder_decoder, sequence_classifier
-from .attachment import Attachment, attachment, by_name, set_progress
+from .attachment import Attachment, attachment, by_name, find, set_progress
 from .config import BALoraConfig
 from .functional import IGNORE_INDEX
 from .output_layer import Heads, difference, heads_of
