@@ -18,6 +18,7 @@ import peft
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from .config import BALoraConfig
@@ -38,6 +39,8 @@ class Attachment:
     config: BALoraConfig
     heads: Heads | None  # None: the loss is computed from the model's logits
     previous: Callable[..., Any] | None  # the forward that was set on the instance, None where it was the class's
+    watch: RemovableHandle | None = None  # on the decoder: notices a loss that is made around the attached forward
+    inside: bool = False  # the attached forward is running
     progress: tuple[int, int] | None = None
     lambdas: tuple[float, float, float] = (0.0, 0.0, 0.0)  # those of the last training forward
     summed: bool = False  # the last terms were divided by the tokens of all micro-batches, so they add up
@@ -100,10 +103,18 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
     heads = None if config.task == "nlu" else _known_heads(peft_model)
     base._balora = Attachment(config, heads, base.__dict__.get("forward"))
     base.balora_last = None
+    decoder = decoder_of(base)
+    if decoder is not None:
+        base._balora.watch = decoder.register_forward_pre_hook(types.MethodType(_bypassed, base))
+    base._replicate_for_data_parallel = _no_data_parallel
 
     @functools.wraps(type(base).forward)  # the Trainer drops the columns that this signature does not name
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _forward(self, *args, **kwargs)
+        self._balora.inside = True
+        try:
+            return _forward(self, *args, **kwargs)
+        finally:
+            self._balora.inside = False
 
     base.forward = types.MethodType(forward, base)
     return peft_model
@@ -131,7 +142,9 @@ def detach(peft_model: nn.Module) -> None:
         del base.forward
     else:
         base.forward = base._balora.previous
-    del base._balora, base.balora_last
+    if base._balora.watch is not None:
+        base._balora.watch.remove()
+    del base._balora, base.balora_last, base._replicate_for_data_parallel
 
 
 def set_progress(peft_model: nn.Module, step: int, max_steps: int) -> None:
@@ -160,6 +173,26 @@ def _attached(model: nn.Module) -> Any:
     if base is None:
         raise ValueError("peft_model: it is not attached; call balora.attach(peft_model, config) first")
     return base
+
+
+def _bypassed(self: Any, decoder: nn.Module, args: Any) -> None:
+    """In front of every forward of the decoder: warn of a training loss that is not the attached forward's."""
+    state: Attachment = self._balora
+    if state.inside or not (self.training and torch.is_grad_enabled()):
+        return
+    warnings.warn(
+        f"{type(self).__name__}: its decoder was called in training around forward(labels=…), so this loss is not that "
+        "of balora.attach; a trainer with a loss of its own, as TRL's SFTTrainer, needs balora.trainer.BALoraMixin",
+        stacklevel=2,
+    )
+
+
+def _no_data_parallel() -> Any:
+    raise ValueError(
+        "model: torch.nn.DataParallel does not work with an attached model (its copies would all run the forward of "
+        "the first); start one process a GPU with torchrun or accelerate launch, or make one GPU visible with "
+        "CUDA_VISIBLE_DEVICES"
+    )
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
