@@ -49,7 +49,8 @@ class BALoraCallback(TrainerCallback):
         self._since_log: dict[str, tuple[torch.Tensor, int]] = {}  # sums over steps, number of steps
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        attachment(model)[0].balora_last = None  # of an earlier run
+        base: Any = attachment(model)[0]
+        base.balora_last = None  # of an earlier run
         set_progress(model, state.global_step, state.max_steps)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -107,7 +108,7 @@ class BALoraCallback(TrainerCallback):
 
 
 def _last(model: Any) -> BALoraOutput:
-    last = attachment(model)[0].balora_last
+    last: Any = attachment(model)[0].balora_last
     if last is None:
         raise ValueError(
             "model: the forward that balora.attach set was not called; something has replaced it since "
@@ -139,7 +140,7 @@ class BALoraMixin:
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
         parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
         trained = [(p, p.data) for p in parameters if p.requires_grad]
-        super().__init__(model, *args, **kwargs)
+        super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         loss_type = getattr(self.args, "loss_type", None)  # type: ignore[attr-defined]
         if loss_type not in (None, "nll"):
             raise ValueError(f"loss_type: expected 'nll' (the loss is that of the attached model), found {loss_type!r}")
