@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .config import BALoraConfig
 from .output_layer import Heads
@@ -22,6 +23,8 @@ class Attachment:
     config: BALoraConfig
     heads: Heads | None  # None: the loss is computed from the model's logits
     previous: Callable[..., Any] | None  # the forward that was set on the instance, None where it was the class's
+    watch: RemovableHandle | None = None  # on the decoder: notices a loss that is made around the attached forward
+    inside: bool = False  # the attached forward is running
     progress: tuple[int, int] | None = None
     lambdas: tuple[float, float, float] = (0.0, 0.0, 0.0)  # those of the last training forward
     summed: bool = False  # the last terms were divided by the tokens of all micro-batches, so they add up

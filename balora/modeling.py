@@ -21,7 +21,7 @@ from . import causal_lm, encoder_decoder, sequence_classifier
 from .attachment import Attachment, attachment, by_name, find, set_progress
 from .config import BALoraConfig
 from .functional import IGNORE_INDEX
-from .output_layer import Heads, difference, heads_of
+from .output_layer import Heads, decoder_of, difference, heads_of
 
 __all__ = ["attach", "attachment", "detach", "set_progress"]
 
@@ -102,10 +102,18 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
     if not _is_causal(base):
         # Else the Trainer gives num_items_in_batch to those alone whose forward takes any argument.
         base.accepts_loss_kwargs = True
+    decoder = decoder_of(base)
+    if decoder is not None:
+        base._balora.watch = decoder.register_forward_pre_hook(types.MethodType(_bypassed, base))
+    base._replicate_for_data_parallel = _no_data_parallel
 
     @functools.wraps(type(base).forward)  # the Trainer drops the columns that this signature does not name
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _forward(self, *args, **kwargs)
+        self._balora.inside = True
+        try:
+            return _forward(self, *args, **kwargs)
+        finally:
+            self._balora.inside = False
 
     base.forward = types.MethodType(forward, base)
     return peft_model
@@ -133,8 +141,30 @@ def detach(peft_model: nn.Module) -> None:
         del base.forward
     else:
         base.forward = state.previous
+    if state.watch is not None:
+        state.watch.remove()
     base.__dict__.pop("accepts_loss_kwargs", None)
-    del base._balora, base.balora_last
+    del base._balora, base.balora_last, base._replicate_for_data_parallel
+
+
+def _bypassed(self: Any, decoder: nn.Module, args: Any) -> None:
+    """In front of every forward of the decoder: warn of a training loss that is not the attached forward's."""
+    state: Attachment = self._balora
+    if state.inside or not (self.training and torch.is_grad_enabled()):
+        return
+    warnings.warn(
+        f"{type(self).__name__}: its decoder was called in training around forward(labels=…), so this loss is not that "
+        "of balora.attach; a trainer with a loss of its own, as TRL's SFTTrainer, needs balora.trainer.BALoraMixin",
+        stacklevel=2,
+    )
+
+
+def _no_data_parallel() -> Any:
+    raise ValueError(
+        "model: torch.nn.DataParallel does not work with an attached model (its copies would all run the forward of "
+        "the first); start one process a GPU with torchrun or accelerate launch, or make one GPU visible with "
+        "CUDA_VISIBLE_DEVICES"
+    )
 
 
 def _is_causal(base: Any) -> bool:

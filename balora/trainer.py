@@ -1,4 +1,20 @@
-"""BA-LoRA under Hugging Face's Trainer: progress for the schedules, and every term in the logs."""
+"""BA-LoRA under Hugging Face's Trainer and trainers built on it: progress for the schedules, every term in the logs.
+
+What becomes of the terms when a step has several micro-batches or processes:
+
+- The token sums (cross-entropy, consistency, diversity) of a step are divided by the step's number of trained tokens,
+  ``num_items_in_batch``, which the Trainer counts over the micro-batches and, with ``average_tokens_across_devices``
+  (the default), over the processes: a step is the same whatever it is split into. Without that option each process
+  divides by its own tokens, and the processes are averaged.
+- The SVD term is a ratio of singular values and belongs to the micro-batch: that of a whole step is never computed.
+  Each micro-batch has its own, weighted by its share of the step's trained tokens, so that the weights add up to 1 over
+  micro-batches and processes. Smaller micro-batches are another, noisier objective: choose the micro-batch as large as
+  memory allows.
+- Loops that do not pass ``num_items_in_batch`` divide every micro-batch by its own tokens; if they then average over
+  the micro-batches, the terms of each, its SVD term too, have the same weight.
+
+Trainers of preferences or rewards (DPO, GRPO, …) have no labels that this objective could use: out of scope.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +24,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from .functional import BALoraOutput
 from .modeling import attachment, set_progress
 
 _TERMS = ("ce", "consistency", "diversity", "svd")
@@ -32,18 +49,15 @@ class BALoraCallback(TrainerCallback):
         self._since_log: dict[str, tuple[torch.Tensor, int]] = {}  # sums over steps, number of steps
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        base: Any = attachment(model)[0]
+        base.balora_last = None  # of an earlier run
         set_progress(model, state.global_step, state.max_steps)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         set_progress(model, state.global_step, state.max_steps)
 
     def on_substep_end(self, args, state, control, model=None, **kwargs):
-        last = attachment(model)[0].balora_last
-        if last is None:
-            raise ValueError(
-                "model: the forward that balora.attach set was not called; something has replaced it since "
-                "(use_liger_kernel does), or the trainer has a loss of its own"
-            )
+        last = _last(model)
         self._micro_batches += 1
         for name in _TERMS:
             value = getattr(last, name)
@@ -51,6 +65,7 @@ class BALoraCallback(TrainerCallback):
                 self._step[name] = self._step[name] + value if name in self._step else value
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        _last(model)  # before the weights change
         sharded = args.deepspeed or args.fsdp  # there a gradient may lie elsewhere
         if self._checked or sharded:
             return
@@ -92,12 +107,53 @@ class BALoraCallback(TrainerCallback):
             state.log_history[-1].update(added)
 
 
-class BALoraMixin:
-    """For a Trainer class: ``class MyTrainer(BALoraMixin, Trainer)`` has the callback in front of every reporter."""
+def _last(model: Any) -> BALoraOutput:
+    last: Any = attachment(model)[0].balora_last
+    if last is None:
+        raise ValueError(
+            "model: the forward that balora.attach set was not called; something has replaced it since "
+            "(use_liger_kernel does), or the trainer has a loss of its own (TRL's has: put BALoraMixin in front of it)"
+        )
+    return last
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+
+class BALoraMixin:
+    """For a Trainer class: ``class MySFTTrainer(BALoraMixin, SFTTrainer)`` trains the loss of an attached model.
+
+    In training the loss is what the attached forward returns, as Hugging Face's Trainer takes it, whatever
+    ``compute_loss`` the class has; ``BALoraCallback`` stands in front of every reporter; adapters keep their type.
+    Evaluation is the class's own.
+
+    TRL's SFTTrainer (tried: 0.27, 1.0, 1.8 and 1.16) makes its loss around the model's forward. What follows for it:
+
+    - masks of prompts, completions and assistants, packing and padding_free are in the labels and positions: they work.
+      The micro-batch of the SVD term is then the packed row.
+    - mean_token_accuracy, entropy and num_tokens are not logged in training: they are by-products of its own loss.
+      Evaluation logs them.
+    - other values of loss_type raise, as do label smoothing and compute_loss_func, which take the labels away.
+    - an adapter on the head is refused by SFTTrainer itself, and so is ``peft_config`` beside an attached model.
+
+    Raises:
+        ValueError: loss_type is none that the attached loss stands for.
+    """
+
+    def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
+        parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+        trained = [(p, p.data) for p in parameters if p.requires_grad]
+        super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
+        loss_type = getattr(self.args, "loss_type", None)  # type: ignore[attr-defined]
+        if loss_type not in (None, "nll"):
+            raise ValueError(f"loss_type: expected 'nll' (the loss is that of the attached model), found {loss_type!r}")
+        for p, data in trained:
+            if p.dtype != data.dtype:  # TRL rounds adapters on a 4-bit model: they would not start as their teacher
+                p.data = data.to(p.device)
         self.callback_handler.callbacks.insert(0, BALoraCallback())  # type: ignore[attr-defined]
+
+    def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """In training ``Trainer.compute_loss``, which asks the model; in evaluation that of the class."""
+        if model.training:
+            return Trainer.compute_loss(self, model, *args, **kwargs)
+        return super().compute_loss(model, *args, **kwargs)  # type: ignore[misc]
 
 
 class BALoraTrainer(BALoraMixin, Trainer):

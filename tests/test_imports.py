@@ -145,7 +145,7 @@ MAY_IMPORT = {
         "balora.page",
         "balora.probe",
     },
-    "trainer": {"torch", "transformers", "balora.modeling"},
+    "trainer": {"torch", "transformers", "balora.functional", "balora.modeling"},
     "train": {
         "torch",
         "transformers",

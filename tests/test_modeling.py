@@ -1,6 +1,7 @@
 """attach: the loss of the attached forward is the plain objective, and nothing stays behind."""
 
 import copy
+import importlib
 import inspect
 import warnings
 
@@ -295,3 +296,40 @@ def test_misuse_is_named():
         model.train()(**batch(), ignore_index=0)
     with pytest.raises(ValueError, match="labels: expected -100 or 0 to 96 .*, found 97"):
         model.train()(**{**batch(), "labels": torch.full((3, 12), 97)})
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_data_parallel_is_refused(monkeypatch, attached):
+    """On two devices torch.nn.DataParallel begins with copies of the module; here the copies share their tensors."""
+    shared = lambda tensors, devices, detach=False: [tensors for _ in devices]  # noqa: E731
+    module = importlib.import_module("torch.nn.parallel.replicate")  # the package has a function of that name
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", shared)
+    model = balora.get_pissa_model(tiny_llama(), r=4)
+    if attached:
+        balora.attach(model, BALoraConfig())
+        with pytest.raises(ValueError, match="model: torch.nn.DataParallel does not work with an attached model"):
+            module.replicate(model, [0, 1])
+        balora.detach(model)
+    assert len(module.replicate(model, [0, 1])) == 2
+
+
+def test_a_loss_made_around_the_forward_is_told():
+    model = balora.attach(balora.get_pissa_model(tiny_llama(), r=4), BALoraConfig())
+    copied = copy.deepcopy(model)
+    inputs = batch()
+    message = "LlamaForCausalLM: its decoder was called in training around forward"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=message)
+        for each in (model, copied):
+            each.train()
+            each(**inputs).loss.backward()
+            with torch.no_grad():
+                each.get_base_model().model(inputs["input_ids"])
+            each.eval()
+            each.get_base_model().model(inputs["input_ids"])
+    for each in (model, copied):
+        each.train()
+        with pytest.warns(UserWarning, match=message):
+            each.get_base_model().model(inputs["input_ids"])
+        balora.detach(each)
+        assert not each.get_base_model().model._forward_pre_hooks

@@ -12,8 +12,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, default_data_collator
 
 import balora
 from balora import BALoraConfig
@@ -40,8 +42,11 @@ class Recorder(TrainerCallback):
         self.logs.append(dict(logs))
 
 
+_FOR_TRAINER = "compute_metrics", "compute_loss_func", "eval_dataset", "data_collator"
+
+
 def fit(folder, config=CONFIG, callbacks=(), rows=None, **options):
-    for_trainer = {k: options.pop(k) for k in ("compute_metrics", "compute_loss_func", "eval_dataset") if k in options}
+    for_trainer = {k: options.pop(k) for k in _FOR_TRAINER if k in options}
     model = balora.get_pissa_model(tiny_llama(), r=4)
     balora.attach(model, config)
     defaults = dict(max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=2, save_strategy="no")
@@ -109,6 +114,45 @@ def test_of_equal_rows_every_term_adds_up_over_micro_batches(tmp_path):
     for a, b in zip(*(r.logs for r in recorders), strict=True):
         for name in ("ce", "consistency", "diversity", "svd"):
             assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_bare_loop_ends_where_the_trainer_ends(tmp_path, accelerated):
+    """With num_items_in_batch, in micro-batches; plain gradient descent shows every factor of the loss."""
+    micro_batches = []
+
+    def collate(rows):
+        micro_batches.append(default_data_collator(rows))
+        return micro_batches[-1]
+
+    options = dict(max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=0.05)
+    options |= dict(optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0, data_collator=collate)
+    expected = adapters(fit(tmp_path, **options))
+
+    model = balora.attach(balora.get_pissa_model(tiny_llama(), r=4), CONFIG).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    if accelerated:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
+        model, optimizer = accelerator.prepare(model, optimizer)
+    for step in range(3):
+        balora.set_progress(model, step, 3)
+        pair = micro_batches[2 * step : 2 * step + 2]
+        tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in pair)
+        for batch in pair:
+            if not accelerated:
+                model(**batch, num_items_in_batch=tokens).loss.backward()
+                continue
+            with accelerator.accumulate(model):
+                accelerator.backward(2 * model(**batch, num_items_in_batch=tokens).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        if not accelerated:
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.detach(), expected[name], rtol=1e-6, atol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize("average", [True, False])
