@@ -127,6 +127,19 @@ MAY_IMPORT = {
         "balora.trainer",
         "peft",
     },
+    "measure": {"torch", "balora.functional"},
+    "results": set(),
+    "compare_run": {
+        "torch",
+        "transformers",
+        "peft",
+        "balora",
+        "balora.data",
+        "balora.measure",
+        "balora.train",
+    },
+    "compare_page": {"balora.page", "balora.plots", "balora.results"},
+    "compare": {"tqdm", "yaml", "balora.compare_page", "balora.compare_run", "balora.data", "balora.results"},
     "cli": {"transformers", "yaml", "balora", "balora.config"},
 }
 
