@@ -7,7 +7,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,18 @@ class Labelled:
     """Texts with labels.
 
     ``names`` are the names of the classes, in the order of their numbers; None for regression. ``unused`` are the
-    columns of the first row that nothing is taken from.
+    columns of the first row that nothing is taken from; ``columns`` those of the text, or of the pair.
     """
 
     rows: list[LabelledText]
     names: list[str] | None
     unused: list[str] = field(default_factory=list)
+    columns: tuple[str, ...] = ("text",)
+
+    def ordered(self, names: list[str]) -> Labelled:
+        """The same rows with the classes numbered in the order of ``names``, which are the same classes."""
+        number = [names.index(name) for name in self.names or []]
+        return replace(self, rows=[replace(row, label=number[int(row.label)]) for row in self.rows], names=list(names))
 
     def id2label(self) -> dict[int, str] | None:
         """The names as a model's configuration takes them; None for regression."""
@@ -116,7 +122,7 @@ def read(
     if regression:
         targets = [_target(value, where) for value, where in zip(values, wheres, strict=True)]
         rows = [LabelledText(a, b, y, w) for (a, b, _, w), y in zip(texts, targets, strict=True)]
-        return Labelled(rows, None, unused)
+        return Labelled(rows, None, unused, columns)
     if training is not None:
         names = training.names or []
     elif names is None:
@@ -132,7 +138,7 @@ def read(
                 f"{short(value)}"
             )
         rows.append(LabelledText(text, pair, number[str(value)], where))
-    return Labelled(rows, names, unused)
+    return Labelled(rows, names, unused, columns)
 
 
 def _texts(source: sources.Source, columns: tuple[str, ...]) -> Iterator[tuple[str, str | None, Any, str]]:

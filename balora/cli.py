@@ -122,9 +122,9 @@ def _train_parser(run: Any, *further: type) -> Any:
         prog="balora train",
         usage="balora train --model DIR_OR_NAME --data FILE --output_dir DIR [options]\n"
         "       balora train recipe.yaml [options]",
-        description="Fine-tune a causal language model with PiSSA adapters and the BA-LoRA objective. A recipe is a "
-        "YAML file of the same options; options on the command line win. The trained LoRA goes to OUTPUT_DIR/lora, a "
-        "page with plots of the run to OUTPUT_DIR/report.html.",
+        description="Fine-tune a language model, with --task nlu a classifier or a regression, with PiSSA adapters "
+        "and the BA-LoRA objective. A recipe is a YAML file of the same options; options on the command line win. The "
+        "trained LoRA goes to OUTPUT_DIR/lora, a page with plots of the run to OUTPUT_DIR/report.html.",
         allow_abbrev=False,
     )
     parser.set_defaults(**run.TRAINING_DEFAULTS)
@@ -143,9 +143,9 @@ def _parsed(parser: Any, argv: list[str]) -> tuple[dict[str, Any], tuple]:
     if argv and not argv[0].startswith("-"):
         asked = _read_recipe(argv[0], actions)
         argv = argv[1:]
-    *parsed, rest = parser.parse_args_into_dataclasses(
-        [*_as_arguments(asked), *argv], return_remaining_strings=True, look_for_args_file=False
-    )
+    both = [*_as_arguments(asked), *argv]
+    parser.set_defaults(**_preset(both).to_dict())
+    *parsed, rest = parser.parse_args_into_dataclasses(both, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         raise ValueError(f"unknown argument {rest[0]}{_did_you_mean(rest[0], known)}")
     given = {a.dest for a in parser._actions if any(o in known and _given(o, argv) for o in a.option_strings)}
@@ -153,6 +153,17 @@ def _parsed(parser: Any, argv: list[str]) -> tuple[dict[str, Any], tuple]:
     asked.update({name: _plain(values[name]) for name in values if name in given})
     asked.pop("resume_from_checkpoint", None)  # said of one start, not of the run
     return asked, tuple(parsed)
+
+
+def _preset(argv: list[str]) -> Any:
+    """The settings that the options in ``argv`` change: those of the preset that it names, or of its task."""
+    from .config import BALoraConfig
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--task", default="nlg")
+    asked, _ = first.parse_known_args(argv)
+    return BALoraConfig.preset(asked.preset or ("nlu_2025" if asked.task == "nlu" else "nlg_2025"))
 
 
 def _rank(text: str) -> float:

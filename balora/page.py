@@ -27,7 +27,6 @@ _TERMS = (
     ("diversity", "λ₂", _DIVERSITY, "negative entropy of the most likely tokens"),
     ("svd", "λ₃", _SVD, "leading singular values over ‖Z‖, negative"),
 )
-_NATS = "nats a token"
 _LEAST_SIGMA = 1e-6  # of the largest one: what is below is rounding, and would squash the rest of the plot
 
 
@@ -124,7 +123,7 @@ def _status(run: Run) -> str:
 
 def _summary(run: Run) -> str:
     about = [*run.about.items(), ("Steps", f"{run.step:,} of {run.max_steps:,}")]
-    note = "nats a token, the SVD term a ratio"
+    note = f"{_unit(run)}, the SVD term a ratio"
     return (
         _or_why("Run", "h2", lambda: _table([(name, [value]) for name, value in about]))
         + _or_why("Results", "h2", lambda: _table(_results(run), ("", "first", "last"), note))
@@ -156,7 +155,7 @@ def _cost(run: Run) -> list[tuple[str, list[str]]]:
     each = " (of this process)" if run.processes > 1 else ""
     rows = []
     if seconds and tokens:
-        rows.append(("trained tokens a second" + each, [number(tokens / seconds)]))
+        rows.append((f"trained {_counted(run)} a second" + each, [number(tokens / seconds)]))
     if seconds and steps:
         rows.append(("seconds a step", [number(seconds / steps)]))
     if run.speed:
@@ -177,6 +176,15 @@ def _ends(values: Iterable[Any]) -> list[str]:
 
 def _entropy_of(run: Run) -> str:
     return "whole vocabulary" if run.config.diversity == "full" else f"top {run.config.entropy_top_k}"
+
+
+def _counted(run: Run) -> str:
+    """What the loss is a mean over."""
+    return "rows" if run.config.task == "nlu" else "tokens"
+
+
+def _unit(run: Run) -> str:
+    return "mean over the rows" if run.config.task == "nlu" else "nats a token"  # of a regression no nats
 
 
 def _is_number(value: Any) -> bool:
@@ -227,6 +235,7 @@ def _plots(run: Run) -> list[str]:
     x_range = (0.0, float(max(run.step, 1)))
     before = run.before or {}
     names = {name: "SVD" if name == "svd" else name for name, *_ in _TERMS}
+    unit = _unit(run)
     no_log = "Nothing has been logged yet."
     no_probe = f"Not measured: {run.no_probe}" if run.no_probe else "Not measured yet."
 
@@ -287,13 +296,14 @@ def _plots(run: Run) -> list[str]:
         return lambda: [curve(*of)]
 
     no_norm = "The Trainer logs no gradient norm in this run." if logs else no_log
-    no_token = "No token has been counted." if logs else no_log
+    per_second = f"trained {_counted(run)} a second"
+    no_speed = f"No {_counted(run)} have been counted." if logs else no_log
     kl, entropy = "KL(pre-trained ‖ fine-tuned), temperature 1", f"of the next token, {_entropy_of(run)}"
     spectrum = ("Spectrum of the logits", "singular values over their Frobenius norm", sigma, "σᵢ / ‖Z‖", no_probe)
     sections = {
         "Loss": [
-            figure("Loss", "what is minimized, and the cross-entropy in it", losses, _NATS, no_log),
-            figure("Weighted terms", "λ · term, what each adds to the loss", shares, _NATS, no_log),
+            figure("Loss", "what is minimized, and the cross-entropy in it", losses, unit, no_log),
+            figure("Weighted terms", "λ · term, what each adds to the loss", shares, unit, no_log),
             figure("Weights", "λ₁ consistency, λ₂ diversity, λ₃ SVD", weights, "λ", no_log, from_zero=True),
         ],
         "Regularizers, unweighted": [
@@ -301,13 +311,13 @@ def _plots(run: Run) -> list[str]:
                 f"{names[name][0].upper()}{names[name][1:]} term",
                 note,
                 one(logged, name, "", color),
-                "ratio" if name == "svd" else _NATS,
+                "ratio" if name == "svd" else unit,
                 _why_empty(run, name, symbol) or no_log,
             )
             for name, symbol, color, note in _TERMS
         ],
         "Distance from the pre-trained model": [
-            figure("KL to the pre-trained model", kl, one(probed, "kl", "", _CONSISTENCY), _NATS, no_probe, True),
+            figure("KL to the pre-trained model", kl, one(probed, "kl", "", _CONSISTENCY), unit, no_probe, True),
             figure("Entropy", entropy, entropies, "nats", no_probe),
             _figure(*spectrum, x_label="i", log=True),
         ],
@@ -316,7 +326,7 @@ def _plots(run: Run) -> list[str]:
             figure("Gradient norm", "before clipping", one(logged, "grad_norm", "", _NEUTRAL), "", no_norm, True),
         ],
         "Cost": [
-            figure("Speed", "without evaluations and checkpoints", speed, "trained tokens a second", no_token, True),
+            figure("Speed", "without evaluations and checkpoints", speed, per_second, no_speed, True),
             figure("Peak memory", "so far", memory, "GB", no_log, from_zero=True),
         ],
     }

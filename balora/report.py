@@ -66,8 +66,8 @@ class ReportCallback(TrainerCallback):
     at random when they are read is given back, of torch's, numpy's and Python's own generators. What cannot be had from
     the Trainer's log is kept beside the page in ``report.json``, from which a resumed run goes on.
 
-    With several processes there is no probe, and the first process writes. An error, such as a full disk, is logged
-    once as a warning; the training goes on.
+    Of classifiers and encoder-decoders there is no probe. With several processes there is none either, and the first
+    process writes. An error, such as a full disk, is logged once as a warning; the training goes on.
 
     Args:
         path: the file to write; its folder is made.
@@ -118,6 +118,8 @@ class ReportCallback(TrainerCallback):
         self._elapsed_before, self._started = run.elapsed, time.perf_counter()
         if args.world_size > 1:
             run.no_probe = f"the run has {args.world_size} processes, and the probe runs in one."
+        elif config.task == "nlu" or getattr(self._base.config, "is_encoder_decoder", False):
+            run.no_probe = "the probe is of causal language models."
         else:
             self._begin_probe(run, args, model, train_dataloader)
         self._first_step = state.global_step

@@ -14,19 +14,19 @@ import torch
 import yaml
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
-    DataCollatorForSeq2Seq,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 
-from . import _import, data
+from . import _import, tasks
 from .adapters import FROZEN, checkpoint_form
 from .config import BALoraConfig
-from .modeling import attach
+from .modeling import attach, attachment
 from .pissa import export_lora, get_pissa_model, principal_errors
 from .targets import default_targets
+from .tokenized import Tokenized
 from .trainer import BALoraTrainer
 
 
@@ -34,13 +34,13 @@ from .trainer import BALoraTrainer
 class RunArguments:
     """What ``balora train`` needs beside the objective and Hugging Face's TrainingArguments."""
 
-    model: str = field(metadata={"help": "folder or name of a pre-trained causal language model"})
+    model: str = field(metadata={"help": "folder or name of a pre-trained model"})
     data: str = field(
         metadata={
             "help": "what to train on: a JSONL, JSON, CSV, TSV or Parquet file, a folder of such files, or owner/name "
             "or owner/name:config of a data set on the hub. Its columns: instruction, query, question, problem (input "
             "or context beside them is appended) or prompt, and output, response, answer, solution or completion; "
-            "or messages or conversations"
+            "or messages or conversations. With --task nlu: label, and text, text and text_pair, or the names of GLUE"
         }
     )
     data_split: str | None = field(
@@ -49,6 +49,13 @@ class RunArguments:
     )
     eval_data: str | None = field(default=None, metadata={"help": "data of the same kind, evaluated at the end"})
     eval_split: str | None = field(default=None, metadata={"help": "split of eval_data; unset: test, or the only one"})
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "published settings of the objective, over which its options win: nlg_2025, nlg_2024, nlu_2025 or "
+            "nlu_2024; unset: nlg_2025, with --task nlu nlu_2025"
+        },
+    )
     adapter: str = field(
         default="pissa",
         metadata={
@@ -68,13 +75,23 @@ class RunArguments:
     )
     exclude_modules: list[str] | None = field(default=None, metadata={"help": "layers of those to leave out"})
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "modules to train in full beside the adapters, such as lm_head"}
+        default=None,
+        metadata={
+            "help": "modules to train in full beside the adapters, such as lm_head; a classifier's head always is"
+        },
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False,
+        metadata={"help": "a classifier's head of another size is replaced by a fresh one, which else is an error"},
     )
     dtype: str = field(
         default="auto",
         metadata={"help": "type of the base weights: auto (the checkpoint's), float32, bfloat16 or float16"},
     )
-    max_length: int = field(default=512, metadata={"help": "rows are cut to this many tokens"})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "rows are cut to this many tokens; unset: 512, or what the tokenizer's model takes if less"},
+    )
 
 
 # The published settings where they differ from Hugging Face's (2025 paper, appendix), and a log that one can watch.
@@ -102,7 +119,7 @@ def setup(
     """
     if run.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, found {run.dtype!r}")
-    if run.max_length < 2:
+    if run.max_length is not None and run.max_length < 2:
         raise ValueError(f"max_length: expected at least 2 tokens, found {run.max_length}")
     if not 0 <= run.lora_dropout < 1:
         raise ValueError(f"lora_dropout: expected at least 0 and below 1, found {run.lora_dropout}")
@@ -112,16 +129,14 @@ def setup(
         raise ValueError(f"form: expected {' or '.join(map(repr, FROZEN))}, found {run.form!r}")
     if run.form == "residual" and run.lora_dropout:
         raise ValueError(f"lora_dropout: expected 0 with form='residual', found {run.lora_dropout}")
-    if config.task != "nlg":
-        raise ValueError(f"task: expected 'nlg' so far, found {config.task!r}")
+    if run.preset is not None and (asked := BALoraConfig.preset(run.preset).task) != config.task:
+        raise ValueError(f"task: expected {asked!r}, as in the preset {run.preset}, found {config.task!r}")
     _check_training(training)
     checkpoint = _checkpoint(training)
     if training.eval_strategy != "no" and run.eval_data is None:
         raise ValueError(f"eval_data: expected with eval_strategy={training.eval_strategy.value!r}, found none")
     if run.eval_split is not None and run.eval_data is None:
         raise ValueError(f"eval_split: expected eval_data beside it, found the split {run.eval_split!r} alone")
-    rows = data.read(run.data, run.data_split)
-    eval_rows = data.read(run.eval_data, run.eval_split, usual="test") if run.eval_data else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(run.model)
     except (OSError, ValueError) as error:
@@ -132,19 +147,19 @@ def setup(
         raise ValueError(
             f"model: expected a tokenizer with a padding or end-of-text token, found neither in {run.model}"
         )
-    train_set = data.tokenize(rows, tokenizer, run.max_length, rows.name)
-    _say("train: ", train_set)
-    eval_set = None
-    if eval_rows:
-        eval_set = data.tokenize(eval_rows, tokenizer, run.max_length, eval_rows.name)
-        _say("eval:  ", eval_set)
-    _check_vocabulary(run.model, [train_set, *([eval_set] if eval_set else [])])
+    if config.task == "nlu":
+        task = tasks.classifier(run, tokenizer)
+    elif AutoConfig.from_pretrained(run.model).is_encoder_decoder:
+        task = tasks.encoder_decoder(run, tokenizer)
+    else:
+        task = tasks.language_model(run, tokenizer)
+    sets = [task.train, *([task.evaluation] if task.evaluation else [])]
+    _check_vocabulary(run.model, sets)
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(run.model, dtype=run.dtype)
-    except Exception as error:  # the readers of weights raise types of their own
-        raise ValueError(f"model: expected a causal language model at {run.model}; {error}") from error
-    model = _adapted(model, run)
+    set_seed(training.seed)  # of a fresh head, and of adapters with a random start
+    model, trained_in_full = task.load()
+    _check_positions(model, sets)
+    model = _adapted(model, run, trained_in_full)
     if checkpoint is not None:
         _check_adapters(model, run.form if run.adapter == "pissa" else None, checkpoint)
     attach(model, config)
@@ -157,13 +172,17 @@ def setup(
     trainer = BALoraTrainer(
         model=model,
         args=training,
-        train_dataset=train_set.examples,
-        eval_dataset=eval_set.examples if eval_set else None,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=data.IGNORE_INDEX),
+        train_dataset=task.train.examples,
+        eval_dataset=task.evaluation.examples if task.evaluation else None,
+        data_collator=task.collator(model),
         processing_class=tokenizer,
+        compute_metrics=task.compute_metrics,
+        preprocess_logits_for_metrics=task.predictions,
     )
-    about = {"Model": run.model, "Training data": f"{run.data}: {train_set.summary()}"}
-    about["Evaluation data"] = f"{run.eval_data}: {eval_set.summary()}" if eval_set else "none"
+    about = {"Model": run.model}
+    for name, source, rows in (("Training", run.data, task.train), ("Evaluation", run.eval_data, task.evaluation)):
+        words = "; ".join(filter(None, [task.about.get(f"{name} data"), rows.summary()])) if rows else ""
+        about[f"{name} data"] = f"{source}: {words}" if rows else "none"
     form = f", {run.form} form" if run.adapter == "pissa" else ""
     about["Adapters"] = f"{start}{form}, r = {run.r}, alpha = {run.lora_alpha:g}"
     _add_report(trainer, about, recipe)
@@ -175,7 +194,7 @@ def setup(
     return trainer, checkpoint
 
 
-def _adapted(model: Any, run: RunArguments) -> peft.PeftModel:
+def _adapted(model: Any, run: RunArguments, trained_in_full: list[str]) -> peft.PeftModel:
     targets: list[str] | str | None = run.target_modules
     if targets and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
         targets = targets[0]  # all-linear, or a pattern
@@ -184,14 +203,17 @@ def _adapted(model: Any, run: RunArguments) -> peft.PeftModel:
         lora_alpha=run.lora_alpha,
         lora_dropout=run.lora_dropout,
         exclude_modules=run.exclude_modules,
-        modules_to_save=run.modules_to_save,
+        modules_to_save=list(dict.fromkeys([*trained_in_full, *(run.modules_to_save or [])])) or None,
     )
     if run.adapter == "pissa":
         return get_pissa_model(model, target_modules=targets, form=run.form, **options)
     targets = default_targets(model) if targets is None else targets
+    task_type = "SEQ_CLS"
+    if model.can_generate():
+        task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     return peft.get_peft_model(
         model,
-        peft.LoraConfig(target_modules=targets, use_dora=run.adapter == "dora", task_type="CAUSAL_LM", **options),
+        peft.LoraConfig(target_modules=targets, use_dora=run.adapter == "dora", task_type=task_type, **options),
     )
 
 
@@ -212,8 +234,13 @@ def train(trainer: BALoraTrainer, checkpoint: str | None) -> Path:
         trainer.save_metrics("eval", metrics)
     folder = Path(str(trainer.args.output_dir)) / LORA
     if trainer.args.should_save:
-        export_lora(trainer.accelerator.unwrap_model(trainer.model), folder)
-        print(f"LoRA:  {folder} (load it with peft.PeftModel.from_pretrained; the checkpoints are for resuming only)")
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        export_lora(model, folder)
+        how = "load it with peft.PeftModel.from_pretrained"
+        if attachment(model)[1].config.task == "nlu":
+            model.config.save_pretrained(folder)  # the classes, and their names
+            how += " on AutoModelForSequenceClassification with the config.json that lies there"
+        print(f"LoRA:  {folder} ({how}; the checkpoints are for resuming only)")
     if trainer.report is not None and trainer.report.written:
         print(f"report: {trainer.report.path}", flush=True)
     return folder
@@ -313,16 +340,20 @@ def _complete(path: Path) -> bool:
     return all((path / name).is_file() for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt"))
 
 
-def _say(what: str, rows: data.Tokenized) -> None:
-    print(what + rows.summary(), flush=True)
-    for warning in rows.warnings():
-        print(f"{what}warning: {warning}", flush=True)
-
-
-def _check_vocabulary(model: str, sets: list[data.Tokenized]) -> None:
+def _check_vocabulary(model: str, sets: list[Tokenized]) -> None:
     vocab = AutoConfig.from_pretrained(model).get_text_config().vocab_size
     highest = max(max(s.examples.columns["input_ids"]) for s in sets)
     if highest >= vocab:
         raise ValueError(
             f"model: the tokenizer of {model} gives token {highest}, but the model's vocabulary ends at {vocab - 1}"
         )
+
+
+def _check_positions(model: Any, sets: list[Tokenized]) -> None:
+    """Of a model with a table of positions a row beyond it would stop the run."""
+    longest = max(int(s.examples.lengths().max()) for s in sets)
+    for name, m in model.named_modules():
+        if isinstance(m, torch.nn.Embedding) and name.rpartition(".")[2] in ("position_embeddings", "wpe"):
+            room = m.num_embeddings - (0 if m.padding_idx is None else m.padding_idx + 1)  # RoBERTa's begin behind it
+            if longest > room:
+                raise ValueError(f"max_length: expected at most {room}, the positions of the model, found {longest}")

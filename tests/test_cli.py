@@ -203,7 +203,7 @@ BAD = {
         dict(form="residual", lora_dropout=0.1),
         "lora_dropout: expected 0 with form='residual'",
     ),
-    "task": (dict(task="nlu"), "task: expected 'nlg' so far, found 'nlu'"),
+    "task": (dict(task="nlg", preset="nlu_2024"), "task: expected 'nlu', as in the preset nlu_2024, found 'nlg'"),
     "evaluation": (dict(eval_strategy="steps"), "eval_data: expected with eval_strategy='steps', found none"),
     "liger": (dict(use_liger_kernel=True), "use_liger_kernel: expected False"),
     "modules to save": (

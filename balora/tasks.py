@@ -1,0 +1,176 @@
+"""What ``balora train`` trains on, by what kind of model: its rows, the model itself, its batches and its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+)
+
+from . import classification, data, metrics, seq2seq
+from .pissa import head_modules
+from .tokenized import Tokenized
+
+CUT = 512  # tokens, where the user names no max_length
+
+
+@dataclass
+class Task:
+    """The data of a run, tokenized, and what else depends on the kind of model."""
+
+    train: Tokenized
+    evaluation: Tokenized | None
+    load: Callable[[], tuple[Any, list[str]]]  # the model, and the modules that are to be trained in full
+    collator: Callable[[Any], Any]  # of the model
+    about: dict[str, str] = field(default_factory=dict)  # of both sets, in words
+    compute_metrics: metrics.Metrics | None = None
+    predictions: Callable[[Any, Any], Any] | None = None  # what of the logits is kept for the metrics
+
+
+def language_model(run: Any, tokenizer: Any) -> Task:
+    """A causal language model on instruction data."""
+    length = _max_length(run, tokenizer)
+    rows = data.read(run.data, run.data_split)
+    eval_rows = data.read(run.eval_data, run.eval_split, usual="test") if run.eval_data else None
+    train = data.tokenize(rows, tokenizer, length, rows.name)
+    _say("train: ", train)
+    evaluation = None
+    if eval_rows:
+        evaluation = data.tokenize(eval_rows, tokenizer, length, eval_rows.name)
+        _say("eval:  ", evaluation)
+
+    def load() -> tuple[Any, list[str]]:
+        model, _ = _from_pretrained(AutoModelForCausalLM, run, "a causal language model")
+        return model, []
+
+    return Task(train, evaluation, load, lambda model: DataCollatorForSeq2Seq(tokenizer))
+
+
+def encoder_decoder(run: Any, tokenizer: Any) -> Task:
+    """An encoder-decoder on instruction data, or on texts with labels, which it is to write."""
+    length = _max_length(run, tokenizer)
+    rows = seq2seq.read(run.data, run.data_split)
+    train = seq2seq.tokenize(rows.pairs, tokenizer, length, str(run.data))
+    _say("train: ", train)
+    evaluation = None
+    if run.eval_data:
+        eval_rows = seq2seq.read(run.eval_data, run.eval_split, usual="test", training=rows)
+        evaluation = seq2seq.tokenize(eval_rows.pairs, tokenizer, length, str(run.eval_data))
+        _say("eval:  ", evaluation)
+
+    def load() -> tuple[Any, list[str]]:
+        model, _ = _from_pretrained(AutoModelForSeq2SeqLM, run, "an encoder-decoder")
+        return model, []
+
+    task = Task(train, evaluation, load, lambda model: DataCollatorForSeq2Seq(tokenizer, model=model))
+    if rows.labelled is not None:
+        task.compute_metrics = metrics.of_texts
+        task.predictions = lambda logits, labels: _first(logits).argmax(-1)
+    return task
+
+
+def classifier(run: Any, tokenizer: Any) -> Task:
+    """A sequence classifier, or a regression, on texts with labels."""
+    config = AutoConfig.from_pretrained(run.model)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"model: expected an architecture that transformers has a sequence classifier of, found "
+            f"{config.model_type} at {run.model}"
+        )
+    length = _max_length(run, tokenizer)
+    rows = _in_order_of(config, classification.read(run.data, run.data_split))
+    train = classification.tokenize(rows, tokenizer, length, str(run.data))
+    about = {"Training data": rows.summary()}
+    print(f"train: {rows.summary()}", flush=True)
+    _say("train: ", train)
+    evaluation = None
+    if run.eval_data:
+        eval_rows = classification.read(run.eval_data, run.eval_split, usual="test", training=rows)
+        evaluation = classification.tokenize(eval_rows, tokenizer, length, str(run.eval_data))
+        about["Evaluation data"] = eval_rows.summary()
+        print(f"eval:  {eval_rows.summary()}", flush=True)
+        _say("eval:  ", evaluation)
+    return Task(
+        train,
+        evaluation,
+        lambda: _load_classifier(run, tokenizer, rows.names),
+        lambda model: DataCollatorWithPadding(tokenizer),
+        about,
+        metrics.of_numbers if rows.names is None else metrics.of_classes(rows.names, rows.counts()),
+        lambda logits, labels: _first(logits),
+    )
+
+
+def _load_classifier(run: Any, tokenizer: Any, names: list[str] | None) -> tuple[Any, list[str]]:
+    """The model with a head of these classes, None: of one number; and what of it has to be trained in full: the head,
+    and what else the checkpoint lacks.
+    """
+    fields: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+    if names is not None:
+        fields = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        fields["problem_type"] = "single_label_classification"
+    model, info = _from_pretrained(
+        AutoModelForSequenceClassification, run, "a sequence classifier", ignore_mismatched_sizes=True, **fields
+    )
+    head = head_modules(model)
+    mismatched = sorted((name, list(there), list(here)) for name, there, here in info["mismatched_keys"])
+    for name, there, here in mismatched:
+        if name.partition(".")[0] not in head:
+            raise ValueError(f"model: expected {name} of the shape {here} at {run.model}, found {there}")
+        if not run.ignore_mismatched_sizes:
+            raise ValueError(
+                f"model: expected a head for {'a regression' if names is None else f'{len(names)} classes'} at "
+                f"{run.model}, found another ({name} is {there} instead of {here}); add --ignore_mismatched_sizes true "
+                "to begin with a fresh one"
+            )
+    lacking = sorted(name for name in info["missing_keys"] if name.partition(".")[0] not in head)
+    blocks = [name for name in lacking if any(step.isdecimal() for step in name.split("."))]
+    if blocks:
+        raise ValueError(
+            f"model: expected the weights of {type(model).__name__} at {run.model}, found none of {blocks[0]}"
+            + (f" and {len(blocks) - 1} others" if blocks[1:] else "")
+        )
+    fresh = list(dict.fromkeys(name.rpartition(".")[0] for name in lacking))
+    if fresh or mismatched or info["missing_keys"]:
+        print(f"model: the checkpoint has no {', '.join([*fresh, *head])}; fresh ones are trained in full", flush=True)
+    if model.config.pad_token_id is None:  # decoders look for the last token that is none
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, [*fresh, *head]
+
+
+def _in_order_of(config: Any, rows: classification.Labelled) -> classification.Labelled:
+    """The rows with their classes in the order of the checkpoint's head, if that has the same ones."""
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    known = [config.id2label[i] for i in sorted(config.id2label)] if is_classifier else []
+    return rows.ordered(known) if rows.names is not None and sorted(known) == sorted(rows.names) else rows
+
+
+def _from_pretrained(auto: Any, run: Any, expected: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    try:
+        return auto.from_pretrained(run.model, dtype=run.dtype, output_loading_info=True, **options)
+    except Exception as error:  # the readers of weights raise types of their own
+        raise ValueError(f"model: expected {expected} at {run.model}; {error}") from error
+
+
+def _max_length(run: Any, tokenizer: Any) -> int:
+    return run.max_length if run.max_length is not None else min(CUT, tokenizer.model_max_length)
+
+
+def _first(logits: Any) -> Any:
+    """The logits, before whatever else a model gives."""
+    return logits[0] if isinstance(logits, tuple) else logits
+
+
+def _say(what: str, rows: Tokenized) -> None:
+    print(what + rows.summary(), flush=True)
+    for warning in rows.warnings():
+        print(f"{what}warning: {warning}", flush=True)
