@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 from tqdm.auto import tqdm
 
-from . import compare_page, data
+from . import compare_page, sources
 from .compare_run import FAILED, PROGRESS, RESULT, SPECIFICATION, write
 from .results import Result, csv_table, markdown_table, measures_of, terminal_table
 
@@ -188,8 +188,8 @@ def _check_arguments(arguments: CompareArguments, run: Any, config: Any) -> None
             raise ValueError(f"{name}: expected at least {least}, found {getattr(arguments, name)}")
     if run.eval_data is None:
         raise ValueError("eval_data: expected data to measure the runs on, found none")
-    data.read(run.data, run.data_split)
-    data.read(run.eval_data, run.eval_split, usual="test")
+    sources.find(run.data, run.data_split, "train")
+    sources.find(run.eval_data, run.eval_split, "test")
     if arguments.drift_data is not None and not Path(arguments.drift_data).read_text(encoding="utf-8").strip():
         raise ValueError(f"drift_data: expected a text file, found an empty one at {arguments.drift_data}")
 

@@ -8,6 +8,8 @@ import math
 import os
 import platform
 import shutil
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,24 @@ from typing import Any
 import peft
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    EvalPrediction,
+    TrainerCallback,
+)
 
-from . import __version__, data, measure, train
+from . import __version__, measure, tasks, train
 
 SPECIFICATION = "run.json"  # what was asked for
 PROGRESS = "progress.txt"
 TRAINED = "trained.json"  # the training is over
 RESULT = "result.json"  # written last
 FAILED = "failed.json"
+_DRAWN = 1000  # rows of the t-SNE map, at most
 
 
 def write(path: Path, content: Any) -> None:
@@ -54,57 +65,83 @@ def perform(folder: Path, specification: dict[str, Any], parsed: tuple[Any, Any,
     """
     run, config, training = parsed
     if not (folder / TRAINED).is_file():
+        if training.eval_strategy == "no":
+            run = replace(run, eval_data=None, eval_split=None)  # it is measured below
         trainer, checkpoint = train.setup(run, config, training, recipe=specification["options"])
         trainer.add_callback(_Progress(folder / PROGRESS))
         train.train(trainer, checkpoint)
         write(folder / TRAINED, {"steps": trainer.state.global_step})
         del trainer
         gc.collect()  # the model and the Trainer hold each other
-    found = {
-        "measures": {
-            k: _finite(v)
-            for k, v in {**_measured(folder, run, training, specification["measures"]), **_cost(folder)}.items()
-        },
-        "history": json.loads((folder / "trainer_state.json").read_text())["log_history"],
-        "steps": json.loads((folder / TRAINED).read_text())["steps"],
-        "machine": f"{_device(training)}, {os.cpu_count()} CPU cores",
-        "versions": {
-            "balora": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-        },
-    }
+    found = _measured(folder, parsed, specification["measures"])
+    measures = {**found.pop("measures"), **_cost(folder)}
+    found["measures"] = {name: _finite(value) for name, value in measures.items()}
+    found["history"] = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    found["steps"] = json.loads((folder / TRAINED).read_text())["steps"]
+    found["machine"] = f"{_device(training)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    found["versions"] = {"balora": __version__, "python": platform.python_version()}
+    found["versions"] |= {package.__name__: package.__version__ for package in (torch, transformers, peft)}
     write(folder / RESULT, found)
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _measured(folder: Path, run: Any, training: Any, asked: dict[str, Any]) -> dict[str, float | None]:
+def _measured(folder: Path, parsed: tuple[Any, Any, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """The measures of the exported LoRA on the base model, as ``measures``, and what the page shows beside them."""
+    run, config, training = parsed
     tokenizer = AutoTokenizer.from_pretrained(run.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
-    model = AutoModelForCausalLM.from_pretrained(run.model, dtype=run.dtype)
-    model = peft.PeftModel.from_pretrained(model, folder / train.LORA).to(training.device).eval()
-    rows = data.read(run.eval_data, run.eval_split, usual="test")
-    examples = data.tokenize(rows, tokenizer, run.max_length, rows.name).examples
-    size = training.per_device_eval_batch_size
-    collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=data.IGNORE_INDEX)
+    task = tasks.find(run, config.task, tokenizer)
+    assert task.evaluation is not None
+    examples, size = task.evaluation.examples, training.per_device_eval_batch_size
+    model = _fine_tuned(run, config.task, folder / train.LORA).to(training.device).eval()
+    collate = task.collator(model)
     batches = (collate(examples[i : i + size]) for i in range(0, len(examples), size))
+    if config.task == "nlu":
+        return _of_classifier(model, batches, task.compute_metrics)
     found: dict[str, float | None] = {"eval_loss": measure.token_loss(model, batches)}
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or run.max_length
-    if asked["drift_data"] is not None:
+    length = run.max_length or tasks.CUT
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
+    if asked["drift_data"] is not None and not model.config.is_encoder_decoder:
         text = Path(asked["drift_data"]).read_text(encoding="utf-8")
-        length = min(measure.WINDOW, run.max_length, room)
-        found |= measure.drift(model, measure.windows(tokenizer, text, asked["drift_windows"], length))
+        rows = measure.windows(tokenizer, text, asked["drift_windows"], min(measure.WINDOW, length, room))
+        found |= measure.drift(model, rows)
     if asked["generations"]:
-        prompts = measure.prompts_of(islice(examples, asked["generations"]), max(room - asked["new_tokens"], 1))
+        prompts = measure.prompts_of(model, islice(examples, asked["generations"]), max(room - asked["new_tokens"], 1))
         answers = measure.continuations(model, tokenizer, prompts, asked["new_tokens"], size)
         found |= {f"distinct_{n}": measure.distinct(answers, n) for n in (1, 2, 3)}
         found["answer_tokens"] = sum(map(len, answers)) / max(len(answers), 1)
-        written = [tokenizer.decode(a) for a in answers]
-        write(folder / "answers.json", written)
-    return found
+        write(folder / "answers.json", [tokenizer.decode(answer) for answer in answers])
+    return {"measures": found}
+
+
+def _fine_tuned(run: Any, kind: str, lora: Path) -> Any:
+    """What users load: the base model, and on it the LoRA by peft alone."""
+    if kind == "nlu":
+        base = AutoModelForSequenceClassification.from_pretrained(
+            run.model, config=AutoConfig.from_pretrained(lora), dtype=run.dtype, ignore_mismatched_sizes=True
+        )
+    else:
+        seq2seq = AutoConfig.from_pretrained(run.model).is_encoder_decoder
+        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        base = auto.from_pretrained(run.model, dtype=run.dtype)
+    return peft.PeftModel.from_pretrained(base, lora)
+
+
+def _of_classifier(model: Any, batches: Iterable[Any], compute_metrics: Any) -> dict[str, Any]:
+    logits, features, labels = measure.classified(model, batches)
+    found: dict[str, float | None] = {"eval_loss": measure.class_loss(logits, labels)}
+    found |= compute_metrics(EvalPrediction(logits.numpy(), labels.numpy()))
+    recalls = {name: found.pop(name) for name in list(found) if name.startswith("recall_")}
+    details: dict[str, Any] = {"recalls": {name.removeprefix("recall_"): value for name, value in recalls.items()}}
+    if logits.shape[1] > 1:
+        try:
+            found["silhouette"] = measure.silhouette(features, labels)
+            details["tsne"] = measure.tsne(features[:_DRAWN])
+            details["classes"] = [model.config.id2label[i] for i in labels[:_DRAWN].tolist()]
+        except ImportError as error:
+            print(f"silhouette, t-SNE: left out; {error} (pip install balora[compare])", flush=True)
+    return {"measures": found, **details}
 
 
 def _cost(folder: Path) -> dict[str, float]:

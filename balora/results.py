@@ -18,10 +18,16 @@ class Measure(NamedTuple):
 
 
 MEASURES = {
-    "eval_loss": Measure("eval loss", "lower", "cross-entropy on the evaluation data, nats a token"),
+    "eval_loss": Measure(
+        "eval loss",
+        "lower",
+        "on the evaluation data: cross-entropy in nats a token or row, of a regression the squared error",
+    ),
     "accuracy": Measure("accuracy", "higher", "share of the evaluation rows that are classified right"),
     "macro_f1": Measure("macro-F1", "higher", "mean of the classes' F1"),
-    "rare_recall": Measure("rare-class recall", "higher", "recall of the class that is rarest in the training data"),
+    "rare_class_recall": Measure(
+        "rare-class recall", "higher", "recall of the class that is rarest in the training data"
+    ),
     "matthews": Measure("Matthews", "higher", "Matthews correlation"),
     "pearson": Measure("Pearson", "higher", "correlation with the targets"),
     "spearman": Measure("Spearman", "higher", "correlation of the ranks with those of the targets"),

@@ -139,19 +139,19 @@ MAY_IMPORT = {
         "balora.trainer",
         "peft",
     },
-    "measure": {"torch", "balora.functional"},
+    "measure": {"torch", "sklearn", "balora.functional"},
     "results": set(),
     "compare_run": {
         "torch",
         "transformers",
         "peft",
         "balora",
-        "balora.data",
         "balora.measure",
+        "balora.tasks",
         "balora.train",
     },
     "compare_page": {"balora.page", "balora.plots", "balora.results"},
-    "compare": {"tqdm", "yaml", "balora.compare_page", "balora.compare_run", "balora.data", "balora.results"},
+    "compare": {"tqdm", "yaml", "balora.compare_page", "balora.compare_run", "balora.results", "balora.sources"},
     "cli": {"transformers", "yaml", "balora", "balora.config"},
 }
 
