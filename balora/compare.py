@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 import yaml
 from tqdm.auto import tqdm
 
-from . import compare_page, sources
+from . import sources
+from .compare_page import Page, render
 from .compare_run import FAILED, PROGRESS, RESULT, SPECIFICATION, write
 from .results import Result, csv_table, markdown_table, measures_of, terminal_table
 
 WEIGHTS = ("lambda_consistency", "lambda_diversity", "lambda_svd")
+PAGE = "compare.html"
 _POLL = 0.2  # seconds
 _PATIENCE = 10.0  # seconds that a run has to end when it is told to
 _LAST_LINES = 4  # of a failed run's log
@@ -95,6 +97,8 @@ class Comparison:
     titles: dict[str, str]  # of the groups, in the order of the table
     sweeps: dict[str, list[tuple[Any, str]]]  # option -> its values and their groups
     about: dict[str, str]
+    recipe: dict[str, Any]
+    unit: str  # of the loss
 
 
 # What turns options into the argument objects of a run: (RunArguments, BALoraConfig, TrainingArguments).
@@ -139,7 +143,9 @@ def plan(
         _check_unchanged(one)
     about = {"Model": run.model, "Training data": _with_split(run.data, run.data_split)}
     about["Evaluation data"] = _with_split(run.eval_data, run.eval_split)
-    return Comparison(folder, runs, titles, points, about)
+    return Comparison(
+        folder, runs, titles, points, about, kept, "mean over the rows" if config.task == "nlu" else "nats a token"
+    )
 
 
 def _options_of(method: str, kept: Mapping[str, Any], config: Any) -> dict[str, Any]:
@@ -248,8 +254,8 @@ def run_all(comparison: Comparison) -> list[Result]:
                 if failure:
                     tqdm.write(f"{run.name} failed; its log: {run.folder / 'log.txt'}\n  {failure}")
             _show(bar, done, 1.0)
-            _write_results(comparison)
-    return _write_results(comparison)
+            found = _write_results(comparison, running=done + 1 < len(comparison.runs))
+    return found
 
 
 _BAR = "{desc}: {percentage:.0f} %|{bar}| {n:.1f} of {total} runs [{elapsed}<{remaining}]"
@@ -324,7 +330,7 @@ def _failure(run: Run) -> str:
         return ""
 
 
-def _write_results(comparison: Comparison) -> list[Result]:
+def _write_results(comparison: Comparison, running: bool) -> list[Result]:
     found = []
     for run in comparison.runs:
         got = result_of(run) or {}
@@ -333,7 +339,9 @@ def _write_results(comparison: Comparison) -> list[Result]:
     write(folder / "results.json", [vars(r) for r in found])
     write(folder / "table.md", markdown_table(found, comparison.titles))
     write(folder / "table.csv", csv_table(found))
-    compare_page.write_page(comparison, found)
+    about = (comparison.about, comparison.titles, found, comparison.sweeps, comparison.recipe)
+    page = Page(*about, unit=comparison.unit, running=running)
+    write(folder / PAGE, render(page))
     return found
 
 
@@ -345,5 +353,5 @@ def summary(comparison: Comparison, found: list[Result]) -> str:
     failed = [f"{r.group} {r.seed}" for r in found if r.failure]
     if failed:
         lines.append(f"failed: {', '.join(failed)}; the same command tries them again")
-    lines.append(f"page: {comparison.folder / compare_page.PAGE}")
+    lines.append(f"page: {comparison.folder / PAGE}")
     return os.linesep.join(lines)

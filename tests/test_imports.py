@@ -111,7 +111,8 @@ MAY_IMPORT = {
         "balora.reference",
     },
     "plots": {"matplotlib", "numpy"},
-    "page": {"balora.config", "balora.plots"},
+    "elements": {"balora.plots"},
+    "page": {"balora.config", "balora.elements", "balora.plots"},
     "report": {
         "numpy",
         "torch",
@@ -150,7 +151,7 @@ MAY_IMPORT = {
         "balora.tasks",
         "balora.train",
     },
-    "compare_page": {"balora.page", "balora.plots", "balora.results"},
+    "compare_page": {"balora", "balora.elements", "balora.plots", "balora.results"},
     "compare": {"tqdm", "yaml", "balora.compare_page", "balora.compare_run", "balora.results", "balora.sources"},
     "cli": {"transformers", "yaml", "balora", "balora.config"},
 }
