@@ -10,6 +10,7 @@ from .checks import check_rank, check_whole
 
 _CHOICES = {
     "task": ("nlg", "nlu"),
+    "teacher_head": ("current", "initial"),
     "consistency": ("kl", "normalized_mse"),
     "diversity": ("topk", "full", "covariance"),
     "svd_norm": ("fro", "nuclear"),
@@ -106,12 +107,24 @@ class BALoraConfig:
     )
     focus_warmup: float = field(default=0.2, metadata={"help": "two_phase: the share of the steps spent at 0"})
     focus_ramp: float = field(default=0.05, metadata={"help": "two_phase: the share of the steps spent rising to 1"})
+    teacher_head: str = field(
+        default="current",
+        metadata={
+            "help": "the head that the pre-trained body is under as the teacher (NLU): current: the one in training, "
+            "as it is; initial: as it was before training"
+        },
+    )
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name}: expected {' or '.join(map(repr, allowed))}, found {value!r}")
+        if self.task != "nlu" and self.teacher_head != "current":
+            raise ValueError(
+                f"teacher_head: expected 'current' with task='nlg', whose teacher always has the pre-trained head, "
+                f"found {self.teacher_head!r}"
+            )
         for name in ("lambda_consistency", "lambda_diversity", "lambda_svd", "temperature", "svd_variance"):
             _check_number(name, getattr(self, name))
         for name in ("lambda_consistency", "lambda_diversity", "lambda_svd"):

@@ -10,7 +10,7 @@ from .checks import as_scalar, check_normalizer, check_whole, describe
 from .config import BALoraConfig, rank_of
 from .head import LinearHead
 from .losses import consistency_loss, covariance_loss, diversity_loss, svd_loss
-from .objective import IGNORE_INDEX, BALoraOutput, check_label_range, logits_objective
+from .objective import IGNORE_INDEX, BALoraOutput, check_label_range, logits_objective, regression_objective
 
 __all__ = [
     "BALoraOutput",
@@ -21,6 +21,7 @@ __all__ = [
     "linear_objective",
     "logits_objective",
     "randomized_svd",
+    "regression_objective",
     "svd_loss",
 ]
 

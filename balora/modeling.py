@@ -1,67 +1,63 @@
-"""attach: a PEFT-wrapped causal language model whose own ``forward(labels=…)`` returns the BA-LoRA loss in training.
+"""attach: a PEFT-wrapped model whose own ``forward(labels=…)`` returns the BA-LoRA loss in training.
 
-The loss is computed from hidden states where the head is a ``LinearHead``, which is checked on a few tokens; else from
-the model's own logits.
+Here the model is checked and its forward replaced; ``causal_lm``, ``encoder_decoder`` and ``sequence_classifier`` hold
+what the forward of each kind of model computes.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import peft
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
+from torch import nn
 
+from . import causal_lm, encoder_decoder, sequence_classifier
+from .attachment import Attachment, attachment, by_name, find, set_progress
 from .config import BALoraConfig
-from .functional import IGNORE_INDEX, BALoraOutput, linear_objective, logits_objective
-from .output_layer import Heads, decoder_of, difference, heads_of
-from .pissa import head_modules, teacher
+from .functional import IGNORE_INDEX
+from .output_layer import Heads, difference, heads_of
+
+__all__ = ["attach", "attachment", "detach", "set_progress"]
 
 # peft initializations that write to the base weights: with the adapters off, such a model is not the pre-trained one.
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal", "lora_ga")
-# Arguments of a causal model's forward that are the loss's, not the decoder's.
-_LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "ignore_index")
-
-
-@dataclass
-class Attachment:
-    """What ``attach`` keeps on the model, as ``_balora``."""
-
-    config: BALoraConfig
-    heads: Heads | None  # None: the loss is computed from the model's logits
-    previous: Callable[..., Any] | None  # the forward that was set on the instance, None where it was the class's
-    progress: tuple[int, int] | None = None
-    lambdas: tuple[float, float, float] = (0.0, 0.0, 0.0)  # those of the last training forward
-    summed: bool = False  # the last terms were divided by the tokens of all micro-batches, so they add up
 
 
 def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
-    """Make ``forward(labels=…)`` of a PEFT-wrapped causal language model return the BA-LoRA loss.
+    """Make ``forward(labels=…)`` of a PEFT-wrapped language model or sequence classifier return the BA-LoRA loss.
 
     In training mode the model runs twice, first as the pre-trained one and without gradients (the teacher), then as it
-    is; the loss is ``functional.linear_objective`` of the two last hidden states, the output has no logits, and the
-    unweighted terms of the last forward lie in ``peft_model.balora_last``, detached. λ follows the schedules of
+    is; the unweighted terms of the last forward lie in ``peft_model.balora_last``, detached. λ follows the schedules of
     ``config`` once ``set_progress`` (or ``trainer.BALoraCallback``) says how far training is; until then it is
-    constant. In evaluation mode the forward is the model's own: plain cross-entropy, with logits. The auxiliary loss of
-    a mixture of experts is added to the returned loss where the model's own forward adds it.
+    constant. In evaluation mode the forward is the model's own: its plain loss, with logits.
+
+    **Causal language models and encoder-decoders** (``task="nlg"``): the loss is ``functional.linear_objective`` of the
+    two last hidden states, over the tokens that are scored; the output has no logits. An encoder-decoder's labels are
+    those of its decoder's positions, not shifted; its decoder_input_ids are made of them as the model makes them. The
+    auxiliary loss of a mixture of experts is added to the returned loss where a causal model's own forward adds it.
 
     The head may have a bias, a scale, a soft-cap, a LoRA or offset adapter without dropout, or be trained itself
     (``modules_to_save``); a trained or adapted head has the pre-trained one as its teacher. It is compared with the
     model's own logits on a few tokens. Where it is something else, ``functional.logits_objective`` of the model's
     logits takes its place, which a warning says: it holds [tokens, vocabulary] tensors.
 
+    **Sequence classifiers** (``task="nlu"``): the loss is ``functional.logits_objective`` of the class logits [M, C],
+    or, with one label (``problem_type="regression"``), ``functional.regression_objective`` of the predictions, whose
+    ``ce`` is the mean squared error; diversity and SVD are not defined then and left out, which a warning says. A head
+    that is new has no pre-trained logits: the teacher is the pre-trained body under the head as it is now
+    (``config.teacher_head="current"``) or was at the start (``"initial"``). The model's dropout is part of the student,
+    not of the teacher, so that the KL is above 0 at the first step where the model has any.
+
     Args:
         peft_model: from ``get_pissa_model``, or any peft LoRA, rsLoRA or DoRA model whose base weights are the
             pre-trained ones.
-        config: the objective, of language generation (``task="nlg"``).
+        config: the objective.
 
     Returns:
         The same model.
@@ -73,7 +69,7 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
         raise TypeError(f"peft_model: expected a peft.PeftModel, found {type(peft_model).__name__}")
     if not isinstance(config, BALoraConfig):
         raise TypeError(f"config: expected a BALoraConfig, found {type(config).__name__}")
-    if _find(peft_model) is not None:
+    if find(peft_model) is not None:
         raise ValueError("peft_model: it is attached already; call balora.detach first")
     for adapter in peft_model.peft_config.values():
         if adapter.peft_type != peft.PeftType.LORA:
@@ -91,15 +87,21 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
                 "frozen base weights"
             )
     base = peft_model.get_base_model()
-    if getattr(base.config, "is_encoder_decoder", False):
-        raise ValueError("peft_model: encoder-decoder models are not supported so far")
-    if config.task == "nlg" and getattr(base, "get_output_embeddings", lambda: None)() is None:
-        raise ValueError(f"peft_model: {type(base).__name__} has no output embedding; expected a causal language model")
-    if config.task == "nlu" and not type(base).__name__.endswith("ForSequenceClassification"):
-        raise ValueError(f"config: task='nlu' expects a sequence classifier, found {type(base).__name__}")
-    heads = None if config.task == "nlu" else _known_heads(peft_model)
+    heads = None
+    if config.task == "nlu":
+        config = sequence_classifier.checked_config(base, config)
+    elif getattr(base, "get_output_embeddings", lambda: None)() is None:
+        raise ValueError(
+            f"peft_model: {type(base).__name__} has no output embedding; expected a causal language model or an "
+            "encoder-decoder (a classifier needs a config with task='nlu')"
+        )
+    else:
+        heads = _known_heads(peft_model)
     base._balora = Attachment(config, heads, base.__dict__.get("forward"))
     base.balora_last = None
+    if not _is_causal(base):
+        # Else the Trainer gives num_items_in_batch to those alone whose forward takes any argument.
+        base.accepts_loss_kwargs = True
 
     @functools.wraps(type(base).forward)  # the Trainer drops the columns that this signature does not name
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -126,49 +128,26 @@ def _known_heads(peft_model: peft.PeftModel) -> Heads | None:
 
 def detach(peft_model: nn.Module) -> None:
     """Undo ``attach``: the model's own forward again. The adapters and what they learned stay."""
-    base = _attached(peft_model)
-    if base._balora.previous is None:
+    base, state = attachment(peft_model)
+    if state.previous is None:
         del base.forward
     else:
-        base.forward = base._balora.previous
+        base.forward = state.previous
+    base.__dict__.pop("accepts_loss_kwargs", None)
     del base._balora, base.balora_last
 
 
-def set_progress(peft_model: nn.Module, step: int, max_steps: int) -> None:
-    """Tell an attached model that optimizer step ``step`` of ``max_steps`` is next, for the schedules of λ."""
-    base = _attached(peft_model)
-    for name, value in (("step", step), ("max_steps", max_steps)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected a whole number, found {value!r} of type {type(value).__name__}")
-    if max_steps < 1 or step < 0:
-        raise ValueError(f"step, max_steps: expected 0 or more and 1 or more, found {step} and {max_steps}")
-    base._balora.progress = (step, max_steps)
-
-
-def attachment(model: nn.Module) -> tuple[nn.Module, Attachment]:
-    """The attached base model inside ``model`` (which DDP or torch.compile may have wrapped) and its attachment."""
-    base = _attached(model)
-    return base, base._balora
-
-
-def _find(model: nn.Module) -> Any:
-    return next((m for m in model.modules() if "_balora" in m.__dict__), None)
-
-
-def _attached(model: nn.Module) -> Any:
-    base = _find(model)
-    if base is None:
-        raise ValueError("peft_model: it is not attached; call balora.attach(peft_model, config) first")
-    return base
+def _is_causal(base: Any) -> bool:
+    return base._balora.config.task == "nlg" and not getattr(base.config, "is_encoder_decoder", False)
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward of an attached model. ``self`` is the causal language model inside the PeftModel."""
+    """The forward of an attached model. ``self`` is the transformers model inside the PeftModel."""
     state: Attachment = self._balora
     original = state.previous or functools.partial(type(self).forward, self)
     if not self.training:
-        return original(*args, **kwargs)
-    arguments = _by_name(type(self).forward, self, args, kwargs)
+        return original(*args, **kwargs) if _is_causal(self) else _evaluate(original, *args, **kwargs)
+    arguments = by_name(type(self).forward, self, args, kwargs)
     if arguments.get("labels") is None and arguments.get("shift_labels") is None:
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
@@ -176,163 +155,23 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             "labels: a model attached to BA-LoRA needs labels in training, found None (label smoothing and "
             "compute_loss_func take them out of the batch: leave them off)"
         )
-    if state.config.task == "nlu":
-        return _classify(self, original, arguments)
-    loss_arguments = {name: arguments.pop(name, None) for name in _LOSS_ARGUMENTS}
-    if loss_arguments["ignore_index"] not in (None, IGNORE_INDEX):
-        raise ValueError(f"ignore_index: expected {IGNORE_INDEX}, found {loss_arguments['ignore_index']}")
     as_tuple = arguments.pop("return_dict", None) is False
-    routed = arguments.pop("output_router_logits", None)
-    routed = getattr(self.config.get_text_config(), "output_router_logits", False) if routed is None else routed
-    # A cache would keep the keys and values of every layer alive, twice.
-    arguments["use_cache"] = False
-
-    config = _config_now(state)
-    normalizer = loss_arguments["num_items_in_batch"]
-    state.summed = normalizer is not None
-    labels = _aligned(loss_arguments["labels"], loss_arguments["shift_labels"])
-    run = _from_hidden if state.heads is not None else _from_logits
-    result, outputs = run(self, original, arguments, labels, normalizer, config, routed)
+    kind: Any = causal_lm if _is_causal(self) else encoder_decoder
+    if state.config.task == "nlu":
+        kind = sequence_classifier
+    result, outputs = kind.training_forward(self, state, original, arguments)
     # Detached: the loss of a kept result would keep the whole graph alive until the next step.
     self.balora_last = result._replace(loss=result.loss.detach())
-    kept = dict(loss=result.loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
-    if not routed:
-        output = CausalLMOutputWithPast(**kept)
-    else:
-        kept["loss"] = result.loss + _aux_weight(self) * outputs.aux_loss.to(result.loss.device)
-        output = MoeCausalLMOutputWithPast(**kept, aux_loss=outputs.aux_loss, router_logits=outputs.router_logits)
-    return output.to_tuple() if as_tuple else output
+    return outputs.to_tuple() if as_tuple else outputs
 
 
-def _classify(self: Any, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """The forward of an attached sequence classifier: the objective of its class logits, [B, C]."""
-    state: Attachment = self._balora
-    labels, normalizer = arguments.pop("labels"), arguments.pop("num_items_in_batch", None)
-    config = _config_now(state)
-    state.summed = normalizer is not None
-    teacher_logits = None
-    if config.lambda_consistency != 0:
-        with torch.no_grad(), teacher(self, keep=tuple(head_modules(self))):
-            teacher_logits = original(**arguments).logits
-    outputs = original(**arguments)
-    result = logits_objective(outputs.logits, teacher_logits, labels, config, _at_least_one(normalizer, labels.device))
-    self.balora_last = result._replace(loss=result.loss.detach())
-    outputs.loss = result.loss
-    return outputs
-
-
-def _from_hidden(
-    self: Any,
-    original: Callable[..., Any],
-    arguments: dict[str, Any],
-    labels: Tensor,
-    normalizer: Any,
-    config: BALoraConfig,
-    routed: bool,
-) -> tuple[BALoraOutput, Any]:
-    """The objective by the head, and the outputs of the student's forward."""
-    heads = heads_of(self, self._balora.heads)  # adapters come and go
-    if isinstance(heads, str):
-        raise ValueError(f"peft_model: {heads}, which was not so when it was attached; detach and attach it again")
-    self._balora.heads = heads
-    teacher_hidden = None
-    device = heads.student.weight.device
-    decoder = decoder_of(self)
-    if config.lambda_consistency != 0:
-        with torch.no_grad(), teacher(self):
-            teacher_hidden = decoder(**arguments).last_hidden_state.to(device)
-    if not routed:
-        outputs = decoder(**arguments)
-        hidden = outputs.last_hidden_state
-    else:
-        # The model's own forward knows its auxiliary loss; of the logits it makes one token's.
-        captured: list[Any] = []
-        handle = decoder.register_forward_hook(lambda module, args, output: captured.append(output[0]))
-        try:
-            outputs = original(**arguments, output_router_logits=True, logits_to_keep=1)
-        finally:
-            handle.remove()
-        hidden = captured[0]
-    result = linear_objective(
-        hidden.to(device),
-        teacher_hidden,
-        heads.student,
-        labels.to(device),
-        config,
-        teacher_head=heads.teacher,
-        normalizer=_at_least_one(normalizer, device),
-    )
-    return result, outputs
-
-
-def _from_logits(
-    self: Any,
-    original: Callable[..., Any],
-    arguments: dict[str, Any],
-    labels: Tensor,
-    normalizer: Any,
-    config: BALoraConfig,
-    routed: bool,
-) -> tuple[BALoraOutput, Any]:
-    """The objective by the model's logits, and the outputs of the student's forward."""
-    teacher_logits = None
-    if config.lambda_consistency != 0:
-        with torch.no_grad(), teacher(self):
-            teacher_logits = original(**arguments).logits
-    outputs = original(**arguments, **({"output_router_logits": True} if routed else {}))
-    device = outputs.logits.device
-    result = logits_objective(
-        outputs.logits, teacher_logits, labels.to(device), config, _at_least_one(normalizer, device)
-    )
-    return result, outputs
-
-
-def _at_least_one(normalizer: Any, device: torch.device) -> Tensor | None:
-    return None if normalizer is None else torch.as_tensor(normalizer, device=device).clamp_min(1)
-
-
-def _aux_weight(model: Any) -> float:
-    """The weight that the model's own forward gives the auxiliary loss of its experts."""
-    for owner in (model, model.config.get_text_config()):
-        for name in ("router_aux_loss_coef", "aux_loss_coef"):
-            if isinstance(getattr(owner, name, None), (int, float)):
-                return getattr(owner, name)
-    raise ValueError(
-        f"output_router_logits: {type(model).__name__} does not tell the weight of its auxiliary loss "
-        "(router_aux_loss_coef); leave it off"
-    )
-
-
-def _by_name(function: Callable[..., Any], self: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, those of ``**kwargs`` among them."""
-    signature = inspect.signature(function)
-    arguments = dict(signature.bind(self, *args, **kwargs).arguments)
-    arguments.pop(next(iter(signature.parameters)))
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            arguments.update(arguments.pop(parameter.name, {}))
-    return arguments
-
-
-def _config_now(state: Attachment) -> BALoraConfig:
-    config = state.config
-    state.lambdas = (config.lambda_consistency, config.lambda_diversity, config.lambda_svd)
-    if state.progress is not None:
-        state.lambdas = config.lambdas(*state.progress)
-    elif (config.consistency_schedule, config.focus_schedule) != ("constant", "constant"):
-        # Python shows a warning once for each place in the code.
-        warnings.warn(
-            "the λ schedules need to know how far training is: until balora.set_progress or "
-            "balora.trainer.BALoraCallback tells, λ is constant",
-            stacklevel=4,
-        )
-    consistency, diversity, svd = state.lambdas
-    return replace(config, lambda_consistency=consistency, lambda_diversity=diversity, lambda_svd=svd)
-
-
-def _aligned(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
-    """The label of each position: position t is scored against label t + 1; shift_labels are shifted already."""
-    if shift_labels is not None:
-        return shift_labels
-    assert labels is not None
-    return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+def _evaluate(original: Callable[..., Any], *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+    """The model's own forward: its loss, a mean over these rows, times their share of all that the Trainer counts."""
+    outputs = original(*args, **kwargs)
+    labels = kwargs.get("labels")
+    if num_items_in_batch is None or labels is None:
+        return outputs
+    share = (labels != IGNORE_INDEX).sum() / num_items_in_batch
+    if isinstance(outputs, tuple):
+        return (outputs[0] * share.to(outputs[0].device), *outputs[1:])
+    return replace(outputs, loss=outputs.loss * share.to(outputs.loss.device))

@@ -117,6 +117,67 @@ def logits_objective(
     return BALoraOutput(loss, ce.detach(), consistency, diversity, svd, as_scalar(n, z.device, torch.int64))
 
 
+def regression_objective(
+    predictions: Tensor,
+    teacher_predictions: Tensor | None,
+    labels: Tensor,
+    config: BALoraConfig,
+    normalizer: Tensor | float | None = None,
+) -> BALoraOutput:
+    """CE + λ₁·consistency of a regression: ``ce`` is the mean of (z − y)², ``consistency`` that of (z − z_P)².
+
+    With ``config.consistency="normalized_mse"`` it is ‖Z_P/‖Z_P‖ − Z/‖Z‖‖² (2024 paper, eq. 5). Of one output neither
+    covariances nor singular values say anything: λ₂ and λ₃ are not looked at, their terms are None.
+
+    Args:
+        predictions: z [M] or [M, 1], the student's, floating point.
+        teacher_predictions: z_P, the pre-trained model's, of the same shape and device; None is allowed if λ₁ = 0.
+        labels: y, [M] or [M, 1]; every row counts.
+        config: λ₁ and the kind of the consistency; used as given.
+        normalizer: what the sums over the rows are divided by, instead of M.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, type or device; the message names it.
+    """
+    if not isinstance(config, BALoraConfig):
+        raise TypeError(f"config: expected a BALoraConfig, found {type(config).__name__}")
+    if not isinstance(predictions, Tensor) or not predictions.is_floating_point():
+        raise TypeError(f"predictions: expected a floating-point tensor, found {describe(predictions)}")
+    m = len(predictions) if predictions.dim() else 0
+    if predictions.shape not in ((m,), (m, 1)):
+        raise ValueError(f"predictions: expected the shape [M] or [M, 1], found {describe(predictions)}")
+    if config.lambda_consistency != 0 and teacher_predictions is None:
+        raise ValueError(
+            f"teacher_predictions: lambda_consistency is {config.lambda_consistency}, so the teacher's predictions are "
+            "needed; found None"
+        )
+    if not isinstance(labels, Tensor) or labels.shape not in ((m,), (m, 1)):
+        raise ValueError(f"labels: expected a tensor of shape [{m}], found {describe(labels)}")
+    for name, tensor in (("teacher_predictions", teacher_predictions), ("labels", labels)):
+        if tensor is not None and tensor.device != predictions.device:
+            raise ValueError(f"{name}: expected the device of predictions, {predictions.device}, found {tensor.device}")
+    if teacher_predictions is not None and teacher_predictions.shape != predictions.shape:
+        raise ValueError(
+            f"teacher_predictions: expected the shape {list(predictions.shape)}, found {describe(teacher_predictions)}"
+        )
+    check_normalizer(normalizer)
+
+    with torch.autocast(predictions.device.type, enabled=False):
+        z = predictions.reshape(-1).to(torch.promote_types(predictions.dtype, torch.float32))  # [M]
+        norm = as_scalar(max(m, 1) if normalizer is None else normalizer, z.device).to(z.dtype)
+        loss = ce = (z - labels.reshape(-1).to(z.dtype)).square().sum() / norm
+        consistency = None
+        if config.lambda_consistency != 0 and teacher_predictions is not None:
+            z_teacher = teacher_predictions.detach().reshape(-1).to(z.dtype)
+            if config.consistency == "kl":
+                consistency = (z - z_teacher).square().sum() / norm
+            else:
+                consistency = m / norm * losses.batch_term(z[:, None], None, z_teacher[:, None], lambda_consistency=1.0)
+            loss = ce + config.lambda_consistency * consistency
+            consistency = consistency.detach()
+    return BALoraOutput(loss, ce.detach(), consistency, None, None, as_scalar(m, z.device, torch.int64))
+
+
 def check_label_range(labels: Tensor, vocab: int) -> None:
     """Raise unless every label is below ``vocab``; on a device this waits."""
     if labels.numel() == 0:

@@ -1,7 +1,8 @@
-"""The output layer of a causal language model as linear maps: the student's, and the pre-trained model's."""
+"""The output layer of a language model as linear maps: the student's, and the pre-trained model's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import peft
@@ -27,7 +28,7 @@ class Heads(NamedTuple):
 
 
 def heads_of(base: Any, known: Heads | None = None) -> Heads | str:
-    """The output layer of a causal language model as linear maps, or why it is none.
+    """The output layer of a language model as linear maps, or why it is none.
 
     known: an earlier answer, whose heads are kept where they have the same tensors: they know their Gram matrices.
     """
@@ -57,16 +58,37 @@ def heads_of(base: Any, known: Heads | None = None) -> Heads | str:
     if isinstance(tensors, str):
         return tensors
     weight, bias, lora = tensors
-    student = LinearHead(weight, bias, *_softcap_and_scale(base.config.get_text_config()), lora)
+    bias = _with_logits_bias(base, bias)
+    student = LinearHead(weight, bias, *_softcap_and_scale(base.config.get_text_config(decoder=True)), lora)
     own = None
     if pre_trained is not None:
         tensors = _linear(*pre_trained)
         if isinstance(tensors, str):
             return tensors
-        own = student.replaced(*tensors)
+        own = student.replaced(tensors[0], _with_logits_bias(base, tensors[1]), tensors[2])
     if known is None:
         return Heads(student, own)
     return Heads(known.student.replaced(weight, bias, lora), _kept(known.teacher, own))
+
+
+def heads_now(base: Any, known: Heads) -> Heads:
+    """The output layer of a model that was attached with the heads ``known``: adapters come and go.
+
+    Raises:
+        ValueError: it is no linear map any more.
+    """
+    heads = heads_of(base, known)
+    if isinstance(heads, str):
+        raise ValueError(f"peft_model: {heads}, which was not so when it was attached; detach and attach it again")
+    return heads
+
+
+def _with_logits_bias(base: Any, bias: Tensor | None) -> Tensor | None:
+    """The head's bias, and BART's final_logits_bias [1, V], which the model adds to its logits."""
+    extra = getattr(base, "final_logits_bias", None)
+    if not isinstance(extra, Tensor):
+        return bias
+    return extra[0] if bias is None else bias + extra[0].to(bias.device)
 
 
 def _softcap_and_scale(config: Any) -> tuple[float | None, float]:
@@ -83,6 +105,25 @@ def decoder_of(base: Any) -> Any:
         if isinstance(found, nn.Module) and found is not base:
             return found
     return None
+
+
+def run_to_head(base: Any, forward: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Tensor, Any]:
+    """What the head is given, [B, S, d], in a forward of the model; and its output, with the first token's logits.
+
+    For encoder-decoders, where no one module holds all that comes before the head (T5 scales the states in between).
+    """
+    captured: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        captured.append(args[0])
+        return args[0][:, :1], *args[1:]
+
+    handle = base.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        outputs = forward(**arguments)
+    finally:
+        handle.remove()
+    return captured[0], outputs
 
 
 def _linear(layer: Any, lora: Adapter | None) -> tuple[Tensor, Tensor | None, Adapter | None] | str:
@@ -120,16 +161,23 @@ def difference(peft_model: peft.PeftModel, heads: Heads) -> str | None:
     """
     base: Any = peft_model.get_base_model()
     head = heads.student
+    two_halves = getattr(base.config, "is_encoder_decoder", False)
     decoder = decoder_of(base)
-    if decoder is None:
+    if decoder is None and not two_halves:
         return "it has no decoder apart from its head"
     if head.weight.device.type == "meta":
         return None
     tokens = torch.arange(min(8, len(head.weight)), device=base.get_input_embeddings().weight.device)[None]  # [1, S]
+    arguments: dict[str, Any] = dict(input_ids=tokens, use_cache=False)
+    if two_halves:
+        arguments["decoder_input_ids"] = tokens
     for head, mode in ((heads.student, evaluating), (heads.teacher or heads.student, teacher)):
         with torch.no_grad(), mode(peft_model):
-            logits = base(input_ids=tokens, use_cache=False).logits  # [1, S, V]
-            hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state
+            logits = base(**arguments).logits  # [1, S, V]
+            if two_halves:
+                hidden, _ = run_to_head(base, base, arguments)
+            else:
+                hidden = decoder(**arguments).last_hidden_state
             rows = hidden.flatten(0, 1).to(head.weight.device)
             found = reference.logits(rows, head.weight, head.bias, head.softcap, head.scale, head.lora)
         if found.shape != logits.shape[1:]:

@@ -23,11 +23,26 @@ RELOAD = 10  # seconds
 # One color a quantity, in every plot; each readable on white and on black.
 _LOSS, _CE, _EVAL, _PROBE = "#4a86d8", "#0f98a6", "#9a6dd7", "#c0569d"
 _CONSISTENCY, _DIVERSITY, _SVD, _NEUTRAL, _PRE_TRAINED = "#d07a1c", "#2e9b62", "#d9534f", "#6f7f99", "#8a8f98"
-_TERMS = (
-    ("consistency", "λ₁", _CONSISTENCY, "T² · KL to the pre-trained model, at temperature T"),
-    ("diversity", "λ₂", _DIVERSITY, "negative entropy of the most likely tokens"),
-    ("svd", "λ₃", _SVD, "leading singular values over ‖Z‖, negative"),
-)
+_TERMS = (("consistency", "λ₁", _CONSISTENCY), ("diversity", "λ₂", _DIVERSITY), ("svd", "λ₃", _SVD))
+_NOTES = {  # what a term is, by the setting of its kind
+    "kl": "T² · KL to the pre-trained model, at temperature T",
+    "normalized_mse": "squared distance of the normalized logits to the pre-trained model's",
+    "topk": "negative entropy of the most likely tokens",
+    "full": "negative entropy of the whole vocabulary",
+    "covariance": "squared covariances between the classes",
+    "fro": "leading singular values over ‖Z‖, negative",
+    "nuclear": "leading singular values over their sum, negative",
+}
+# What an evaluation may measure between 0 and 1, or −1 and 1; balora.metrics has them.
+_METRICS = {
+    "accuracy": _LOSS,
+    "macro_f1": _DIVERSITY,
+    "matthews": _EVAL,
+    "rare_class_recall": _SVD,
+    "pearson": _LOSS,
+    "spearman": _EVAL,
+    "exact_match": _LOSS,
+}
 _LEAST_SIGMA = 1e-6  # of the largest one: what is below is rounding, and would squash the rest of the plot
 
 
@@ -207,9 +222,11 @@ def _setting(name: str, value: Any) -> str:
 
 def _plots(run: Run) -> list[str]:
     logs = [h for h in run.history if "loss" in h]
+    evaluations = [h for h in run.history if "eval_loss" in h]
+    kinds = {"consistency": run.config.consistency, "diversity": run.config.diversity, "svd": run.config.svd_norm}
     x_range = (0.0, float(max(run.step, 1)))
     before = run.before or {}
-    names = {name: "SVD" if name == "svd" else name for name, *_ in _TERMS}
+    names = {name: "SVD" if name == "svd" else name for name, _, _ in _TERMS}
     unit = _unit(run)
     no_log = "Nothing has been logged yet."
     no_probe = f"Not measured: {run.no_probe}" if run.no_probe else "Not measured yet."
@@ -220,8 +237,16 @@ def _plots(run: Run) -> list[str]:
         return Curve(label, color, [h["step"] for h in found], values)
 
     def evaluated() -> Curve:
-        found = [h for h in run.history if _is_number(h.get("eval_loss"))]
+        found = [h for h in evaluations if _is_number(h["eval_loss"])]
         return Curve("eval loss", _EVAL, [h["step"] for h in found], [h["eval_loss"] for h in found])
+
+    def measured() -> list[Curve]:
+        curves = []
+        for name, color in _METRICS.items():
+            found = [h for h in evaluations if _is_number(h.get(f"eval_{name}"))]
+            values = [h[f"eval_{name}"] for h in found]
+            curves.append(Curve(name.replace("_", " "), color, [h["step"] for h in found], values))
+        return curves
 
     def probed(name: str, label: str, color: str) -> Curve:
         return Curve(label, color, [p["step"] for p in run.probe], [p[name] for p in run.probe])
@@ -235,10 +260,10 @@ def _plots(run: Run) -> list[str]:
         return [loss, logged("ce", "CE", _CE), evaluated(), probed("ce", "probe CE", _PROBE)]
 
     def shares() -> list[Curve]:
-        return [logged(name, names[name], color, f"lambda_{name}") for name, _, color, _ in _TERMS]
+        return [logged(name, names[name], color, f"lambda_{name}") for name, _, color in _TERMS]
 
     def weights() -> list[Curve]:
-        return [logged(f"lambda_{name}", symbol, color) for name, symbol, color, _ in _TERMS]
+        return [logged(f"lambda_{name}", symbol, color) for name, symbol, color in _TERMS]
 
     def entropies() -> list[Curve]:
         return [probed("entropy", "fine-tuned", _DIVERSITY), level("entropy", "pre-trained")]
@@ -284,13 +309,14 @@ def _plots(run: Run) -> list[str]:
         "Regularizers, unweighted": [
             figure(
                 f"{names[name][0].upper()}{names[name][1:]} term",
-                note,
+                _NOTES[kinds[name]],
                 one(logged, name, "", color),
                 "ratio" if name == "svd" else unit,
                 _why_empty(run, name, symbol) or no_log,
             )
-            for name, symbol, color, note in _TERMS
+            for name, symbol, color in _TERMS
         ],
+        "Evaluation": [figure("Metrics", "on the evaluation data", measured, "", no_log)],
         "Distance from the pre-trained model": [
             figure("KL to the pre-trained model", kl, one(probed, "kl", "", _CONSISTENCY), unit, no_probe, True),
             figure("Entropy", entropy, entropies, "nats", no_probe),
@@ -305,6 +331,10 @@ def _plots(run: Run) -> list[str]:
             figure("Peak memory", "so far", memory, "GB", no_log, from_zero=True),
         ],
     }
+    if not any(f"eval_{name}" in h for h in evaluations for name in _METRICS):
+        del sections["Evaluation"]
+    if run.config.task == "nlu":
+        del sections["Distance from the pre-trained model"]  # the probe's
     notes = {"Distance from the pre-trained model": f"Probe: {run.probe_rows}." if run.probe_rows else ""}
     return [
         f"<section><h2>{escape(name)}</h2>{f'<p class=note>{escape(notes[name])}</p>' if notes.get(name) else ''}"

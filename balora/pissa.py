@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,8 @@ from .adapters import ADAPTER, VARIANTS, factors, form_of, frozen, initial_scali
 from .checks import check_whole
 from .targets import LINEAR, check_hits, checked_targets, default_targets, fused_error
 
+# What peft trains in full in every model of the task type SEQ_CLS.
+_PEFT_SAVES = ("classifier", "score")
 # Options of peft.LoraConfig that keep the promises of this module; the others change what is trained or computed.
 _LORA_OPTIONS = (
     "lora_dropout",
@@ -86,7 +88,9 @@ def get_pissa_model(
         device: where the weights are decomposed; only A₀ and B₀ come back from there. None: those on the CPU on the
             current CUDA device, if there is one, and others where they lie.
         **lora_config: lora_dropout (0 in the residual form), use_rslora, task_type, exclude_modules, modules_to_save,
-            layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, as in ``peft.LoraConfig``.
+            layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, as in ``peft.LoraConfig``. The head of a
+            sequence classifier is trained in full, beside the modules_to_save that are named: a task_type other than
+            "SEQ_CLS" leaves it to them.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the model is then as it was.
@@ -119,10 +123,10 @@ def get_pissa_model(
     if getattr(model, "can_generate", bool)():
         two_halves = getattr(model.config, "is_encoder_decoder", False)
         lora_config.setdefault("task_type", "SEQ_2_SEQ_LM" if two_halves else "CAUSAL_LM")
-
     if type(model).__name__.endswith("ForSequenceClassification"):
         lora_config.setdefault("task_type", "SEQ_CLS")
-        lora_config.setdefault("modules_to_save", head_modules(model))
+        if lora_config["task_type"] == "SEQ_CLS":
+            lora_config["modules_to_save"] = _with_head(model, lora_config.get("modules_to_save"))
 
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     config = peft.LoraConfig(
@@ -225,14 +229,21 @@ def _check_unshared(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
             )
 
 
-def head_modules(model: nn.Module) -> list[str]:
-    """The names of what a sequence classifier has beside its pre-trained body: the parts of its head with weights."""
-    body = getattr(model, "base_model_prefix", "")
-    return [name for name, m in model.named_children() if name != body and any(True for _ in m.parameters())]
+def head_modules(model: Any) -> list[str]:
+    """The names of the parts of a sequence classifier's head: what it has beside its pre-trained body, with weights."""
+    return [
+        name for name, m in model.named_children() if m is not model.base_model and any(True for _ in m.parameters())
+    ]
+
+
+def _with_head(model: nn.Module, named: list[str] | str | None) -> list[str]:
+    """modules_to_save with the head, but for what peft adds to those of every classifier by itself."""
+    names = [named] if isinstance(named, str) else list(named or [])
+    return [name for name in dict.fromkeys([*names, *head_modules(model)]) if name not in _PEFT_SAVES]
 
 
 @contextmanager
-def teacher(model: nn.Module, keep: Sequence[str] = ()) -> Iterator[None]:
+def teacher(model: nn.Module, head: str = "initial") -> Iterator[None]:
     """Within the block the model is the pre-trained one: adapters off, evaluation mode (no dropout).
 
     A layer of the residual form computes with its frozen factors instead, W_res x + s·B₀(A₀ x): W up to one rounding of
@@ -242,10 +253,22 @@ def teacher(model: nn.Module, keep: Sequence[str] = ()) -> Iterator[None]:
     after an error. Leave the block before the backward: gradient checkpointing recomputes with whatever is active then.
     (Merging the adapters and unmerging them again rounds the base weights, as always with peft.)
 
+    Args:
+        model: a model with adapters, or what holds one.
+        head: "initial": the whole model is the one that the adapters were put on. "current", of a sequence classifier:
+            its head stays as it is now, for a head that was new has nothing to teach; in evaluation mode too. Under it
+            the body is the pre-trained one. This is what ``attach`` compares with (``BALoraConfig.teacher_head``).
+
     Raises:
-        ValueError: the adapters are merged into the weights, which then are not the pre-trained ones.
+        ValueError: the adapters are merged into the weights, which then are not the pre-trained ones; or head is
+            neither of the two.
     """
-    kept = {id(m) for name, m in model.named_modules() if name.split(".")[-1] in keep}
+    if head not in ("initial", "current"):
+        raise ValueError(f"head: expected 'initial' or 'current', found {head!r}")
+    kept: set[int] = set()
+    if head == "current":
+        base: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+        kept = {id(m) for name in head_modules(base) for m in getattr(base, name).modules()}
     switched = [
         m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and id(m) not in kept
     ]

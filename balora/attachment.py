@@ -1,0 +1,87 @@
+"""What attach keeps on a model, where to find it, and what the forwards of all kinds of models share."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import BALoraConfig
+from .output_layer import Heads
+
+
+@dataclass
+class Attachment:
+    """What ``attach`` keeps on the model, as ``_balora``."""
+
+    config: BALoraConfig
+    heads: Heads | None  # None: the loss is computed from the model's logits
+    previous: Callable[..., Any] | None  # the forward that was set on the instance, None where it was the class's
+    progress: tuple[int, int] | None = None
+    lambdas: tuple[float, float, float] = (0.0, 0.0, 0.0)  # those of the last training forward
+    summed: bool = False  # the last terms were divided by the tokens of all micro-batches, so they add up
+
+    def config_now(self) -> BALoraConfig:
+        """The configuration with λ as the schedules have it at this step."""
+        config = self.config
+        self.lambdas = (config.lambda_consistency, config.lambda_diversity, config.lambda_svd)
+        if self.progress is not None:
+            self.lambdas = config.lambdas(*self.progress)
+        elif (config.consistency_schedule, config.focus_schedule) != ("constant", "constant"):
+            # Python shows a warning once for each place in the code.
+            warnings.warn(
+                "the λ schedules need to know how far training is: until balora.set_progress or "
+                "balora.trainer.BALoraCallback tells, λ is constant",
+                stacklevel=5,
+            )
+        consistency, diversity, svd = self.lambdas
+        return replace(config, lambda_consistency=consistency, lambda_diversity=diversity, lambda_svd=svd)
+
+
+def find(model: nn.Module) -> Any:
+    """The attached model inside ``model``, or None."""
+    return next((m for m in model.modules() if "_balora" in m.__dict__), None)
+
+
+def attachment(model: nn.Module) -> tuple[Any, Attachment]:
+    """The attached base model inside ``model`` (which DDP or torch.compile may have wrapped) and its attachment.
+
+    Raises:
+        ValueError: there is none.
+    """
+    base = find(model)
+    if base is None:
+        raise ValueError("peft_model: it is not attached; call balora.attach(peft_model, config) first")
+    return base, base._balora
+
+
+def set_progress(peft_model: nn.Module, step: int, max_steps: int) -> None:
+    """Tell an attached model that optimizer step ``step`` of ``max_steps`` is next, for the schedules of λ."""
+    _, state = attachment(peft_model)
+    for name, value in (("step", step), ("max_steps", max_steps)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected a whole number, found {value!r} of type {type(value).__name__}")
+    if max_steps < 1 or step < 0:
+        raise ValueError(f"step, max_steps: expected 0 or more and 1 or more, found {step} and {max_steps}")
+    state.progress = (step, max_steps)
+
+
+def by_name(function: Callable[..., Any], self: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, those of ``**kwargs`` among them."""
+    signature = inspect.signature(function)
+    arguments = dict(signature.bind(self, *args, **kwargs).arguments)
+    arguments.pop(next(iter(signature.parameters)))
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(parameter.name, {}))
+    return arguments
+
+
+def at_least_one(normalizer: Any, device: torch.device) -> Tensor | None:
+    """The number of items in the batch as the objective takes it; of an empty batch 1."""
+    return None if normalizer is None else torch.as_tensor(normalizer, device=device).clamp_min(1)

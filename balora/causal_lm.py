@@ -1,0 +1,131 @@
+"""The training forward of a causal language model: two decoder passes, and the objective by the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
+
+from .attachment import Attachment, at_least_one
+from .config import BALoraConfig
+from .functional import IGNORE_INDEX, BALoraOutput, linear_objective, logits_objective
+from .output_layer import decoder_of, heads_now
+from .pissa import teacher
+
+# Arguments of a causal model's forward that are the loss's, not the decoder's.
+_LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "ignore_index")
+
+
+def training_forward(
+    model: Any, state: Attachment, original: Callable[..., Any], arguments: dict[str, Any]
+) -> tuple[BALoraOutput, Any]:
+    """The objective, and the model's output with its loss in place and without logits.
+
+    original: the model's own forward. arguments: those of the call, by name.
+    """
+    loss_arguments = {name: arguments.pop(name, None) for name in _LOSS_ARGUMENTS}
+    if loss_arguments["ignore_index"] not in (None, IGNORE_INDEX):
+        raise ValueError(f"ignore_index: expected {IGNORE_INDEX}, found {loss_arguments['ignore_index']}")
+    routed = arguments.pop("output_router_logits", None)
+    routed = getattr(model.config.get_text_config(), "output_router_logits", False) if routed is None else routed
+    # A cache would keep the keys and values of every layer alive, twice.
+    arguments["use_cache"] = False
+
+    config = state.config_now()
+    normalizer = loss_arguments["num_items_in_batch"]
+    state.summed = normalizer is not None
+    labels = _aligned(loss_arguments["labels"], loss_arguments["shift_labels"])
+    run = _from_hidden if state.heads is not None else from_logits
+    result, outputs = run(model, original, arguments, labels, normalizer, config, routed)
+    kept = dict(loss=result.loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+    if not routed:
+        return result, CausalLMOutputWithPast(**kept)
+    kept["loss"] = result.loss + _aux_weight(model) * outputs.aux_loss.to(result.loss.device)
+    return result, MoeCausalLMOutputWithPast(**kept, aux_loss=outputs.aux_loss, router_logits=outputs.router_logits)
+
+
+def _from_hidden(
+    model: Any,
+    original: Callable[..., Any],
+    arguments: dict[str, Any],
+    labels: Tensor,
+    normalizer: Any,
+    config: BALoraConfig,
+    routed: bool,
+) -> tuple[BALoraOutput, Any]:
+    """The objective by the head, and the outputs of the student's forward."""
+    heads = model._balora.heads = heads_now(model, model._balora.heads)
+    teacher_hidden = None
+    device = heads.student.weight.device
+    decoder = decoder_of(model)
+    if config.lambda_consistency != 0:
+        with torch.no_grad(), teacher(model):
+            teacher_hidden = decoder(**arguments).last_hidden_state.to(device)
+    if not routed:
+        outputs = decoder(**arguments)
+        hidden = outputs.last_hidden_state
+    else:
+        # The model's own forward knows its auxiliary loss; of the logits it makes one token's.
+        captured: list[Any] = []
+        handle = decoder.register_forward_hook(lambda module, args, output: captured.append(output[0]))
+        try:
+            outputs = original(**arguments, output_router_logits=True, logits_to_keep=1)
+        finally:
+            handle.remove()
+        hidden = captured[0]
+    result = linear_objective(
+        hidden.to(device),
+        teacher_hidden,
+        heads.student,
+        labels.to(device),
+        config,
+        teacher_head=heads.teacher,
+        normalizer=at_least_one(normalizer, device),
+    )
+    return result, outputs
+
+
+def from_logits(
+    model: Any,
+    original: Callable[..., Any],
+    arguments: dict[str, Any],
+    labels: Tensor,
+    normalizer: Any,
+    config: BALoraConfig,
+    routed: bool = False,
+) -> tuple[BALoraOutput, Any]:
+    """The objective by the model's logits, and the outputs of the student's forward."""
+    teacher_logits = None
+    if config.lambda_consistency != 0:
+        with torch.no_grad(), teacher(model):
+            teacher_logits = original(**arguments).logits
+    outputs = original(**arguments, **({"output_router_logits": True} if routed else {}))
+    device = outputs.logits.device
+    result = logits_objective(
+        outputs.logits, teacher_logits, labels.to(device), config, at_least_one(normalizer, device)
+    )
+    return result, outputs
+
+
+def _aux_weight(model: Any) -> float:
+    """The weight that the model's own forward gives the auxiliary loss of its experts."""
+    for owner in (model, model.config.get_text_config()):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if isinstance(getattr(owner, name, None), (int, float)):
+                return getattr(owner, name)
+    raise ValueError(
+        f"output_router_logits: {type(model).__name__} does not tell the weight of its auxiliary loss "
+        "(router_aux_loss_coef); leave it off"
+    )
+
+
+def _aligned(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
+    """The label of each position: position t is scored against label t + 1; shift_labels are shifted already."""
+    if shift_labels is not None:
+        return shift_labels
+    assert labels is not None
+    return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]

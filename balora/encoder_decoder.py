@@ -1,0 +1,96 @@
+"""The training forward of an encoder-decoder: the objective of the decoder's tokens, whose labels are not shifted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attachment import Attachment, at_least_one
+from .causal_lm import from_logits
+from .config import BALoraConfig
+from .functional import IGNORE_INDEX, BALoraOutput, linear_objective
+from .output_layer import heads_now, run_to_head
+from .pissa import teacher
+
+
+def training_forward(
+    model: Any, state: Attachment, original: Callable[..., Any], arguments: dict[str, Any]
+) -> tuple[BALoraOutput, Any]:
+    """The objective, and the model's output with its loss in place and without logits.
+
+    The adapters of the encoder are trained too, so student and teacher each encode the input: once.
+
+    original: the model's own forward. arguments: those of the call, by name.
+
+    Raises:
+        ValueError: encoder_outputs are given, which cannot be the student's and the teacher's; or a loss of experts is
+            asked for.
+    """
+    labels, normalizer = arguments.pop("labels"), arguments.pop("num_items_in_batch", None)
+    config = state.config_now()
+    if arguments.get("encoder_outputs") is not None and config.lambda_consistency != 0:
+        raise ValueError(
+            "encoder_outputs: expected None in training, the pre-trained model encodes the input by itself; give "
+            "input_ids, or leave the consistency term out (lambda_consistency=0)"
+        )
+    if arguments.get("output_router_logits") or getattr(model.config, "output_router_logits", False):
+        raise ValueError(
+            "output_router_logits: the auxiliary loss of experts is not added for encoder-decoders; leave it off"
+        )
+    if arguments.get("decoder_input_ids") is None and arguments.get("decoder_inputs_embeds") is None:
+        arguments["decoder_input_ids"] = _decoder_inputs(model, labels)
+    # A cache would keep the keys and values of every layer alive, twice.
+    arguments["use_cache"] = False
+    arguments["return_dict"] = True
+
+    state.summed = normalizer is not None
+    run = from_logits if state.heads is None else _from_hidden
+    result, outputs = run(model, original, arguments, labels, normalizer, config)
+    return result, replace(outputs, loss=result.loss, logits=None)
+
+
+def _from_hidden(
+    model: Any,
+    original: Callable[..., Any],
+    arguments: dict[str, Any],
+    labels: Tensor,
+    normalizer: Any,
+    config: BALoraConfig,
+) -> tuple[BALoraOutput, Any]:
+    """The objective by the head, and the outputs of the student's forward."""
+    heads = model._balora.heads = heads_now(model, model._balora.heads)
+    device = heads.student.weight.device
+    teacher_hidden = None
+    if config.lambda_consistency != 0:
+        with torch.no_grad(), teacher(model):
+            teacher_hidden = run_to_head(model, original, arguments)[0].to(device)
+    hidden, outputs = run_to_head(model, original, arguments)
+    result = linear_objective(
+        hidden.to(device),
+        teacher_hidden,
+        heads.student,
+        labels.to(device),
+        config,
+        teacher_head=heads.teacher,
+        normalizer=at_least_one(normalizer, device),
+    )
+    return result, outputs
+
+
+def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    """The tokens that the decoder reads: its start token, and the labels but the last, as the model makes them."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    config = model.config
+    if config.decoder_start_token_id is None or config.pad_token_id is None:
+        raise ValueError(
+            f"decoder_input_ids: {type(model).__name__} has no decoder_start_token_id or pad_token_id to make them "
+            "of the labels; give them"
+        )
+    shifted = F.pad(labels[..., :-1], (1, 0), value=config.decoder_start_token_id)
+    return shifted.masked_fill(shifted == IGNORE_INDEX, config.pad_token_id)
