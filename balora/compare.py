@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 
 from . import sources
 from .compare_page import Page, render
-from .compare_run import FAILED, PROGRESS, RESULT, SPECIFICATION, write
+from .compare_run import FAILED, PROGRESS, RESULT, SPECIFICATION, TRAINED, write
 from .results import Result, csv_table, markdown_table, measures_of, terminal_table
 
 WEIGHTS = ("lambda_consistency", "lambda_diversity", "lambda_svd")
 PAGE = "compare.html"
+_COMMAND = [sys.executable, "-m", "balora.cli", "compare-run"]  # of a run, before its folder
 _POLL = 0.2  # seconds
 _PATIENCE = 10.0  # seconds that a run has to end when it is told to
 _LAST_LINES = 4  # of a failed run's log
@@ -201,7 +202,7 @@ def _check_arguments(arguments: CompareArguments, run: Any, config: Any) -> None
 
 
 def _check_unchanged(run: Run) -> None:
-    """A folder that holds the run, finished or begun, must hold it with these options."""
+    """A folder that holds the run, finished or with a checkpoint, must hold it with these options."""
     try:
         there = json.loads((run.folder / SPECIFICATION).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -209,6 +210,8 @@ def _check_unchanged(run: Run) -> None:
             raise ValueError(
                 f"output_dir: expected runs of balora compare, found other files in {run.folder}"
             ) from None
+        return
+    if not (any((run.folder / name).exists() for name in (RESULT, TRAINED)) or any(run.folder.glob("checkpoint-*"))):
         return
     for part, values in run.specification.items():
         for name in sorted({*values, *there[part]}):
@@ -273,11 +276,14 @@ def _make(run: Run, progress: Callable[[float], None]) -> None:
     for old in (FAILED, PROGRESS):
         (run.folder / old).unlink(missing_ok=True)
     write(run.folder / SPECIFICATION, {"group": run.group, "seed": run.seed, **run.specification})
-    command = [sys.executable, "-m", "balora.cli", "compare-run", str(run.folder)]
     with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
         # A session of its own: an interrupt from the terminal reaches this process only, which then ends that one.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            [*_COMMAND, str(run.folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:

@@ -46,10 +46,16 @@ def write(path: Path, content: Any) -> None:
 
 
 class _Progress(TrainerCallback):
+    """Says how far the training is, and ends it where the process that started this one is gone: the next comparison
+    would start a second one in the same folder.
+    """
+
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.parent = path, os.getppid()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if os.getppid() != self.parent:
+            raise SystemExit("error: the comparison that started this run has ended")
         if state.is_world_process_zero:
             write(self.path, f"{state.global_step} {state.max_steps}")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import transformers
 
-from .architectures import ARCHITECTURES, VOCAB
 from .architectures import _LLAMA as _DECODER
+from .architectures import ARCHITECTURES, VOCAB
 
 _ENCODER = dict(
     vocab_size=VOCAB,
