@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -360,4 +359,4 @@ def summary(comparison: Comparison, found: list[Result]) -> str:
     if failed:
         lines.append(f"failed: {', '.join(failed)}; the same command tries them again")
     lines.append(f"page: {comparison.folder / PAGE}")
-    return os.linesep.join(lines)
+    return "\n".join(lines)

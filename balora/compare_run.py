@@ -143,8 +143,9 @@ def _of_classifier(model: Any, batches: Iterable[Any], compute_metrics: Any) -> 
     if logits.shape[1] > 1:
         try:
             found["silhouette"] = measure.silhouette(features, labels)
-            details["tsne"] = measure.tsne(features[:_DRAWN])
-            details["classes"] = [model.config.id2label[i] for i in labels[:_DRAWN].tolist()]
+            drawn = torch.arange(0, len(labels), math.ceil(len(labels) / _DRAWN))  # rows may be sorted by class
+            details["tsne"] = measure.tsne(features[drawn])
+            details["classes"] = [model.config.id2label[i] for i in labels[drawn].tolist()]
         except ImportError as error:
             print(f"silhouette, t-SNE: left out; {error} (pip install balora[compare])", flush=True)
     return {"measures": found, **details}

@@ -71,6 +71,8 @@ class Cell(NamedTuple):
         if self.n == 1 or not self.std:
             return _digits(self.mean, 4)
         places = max(0, 1 - math.floor(math.log10(self.std)))
+        if places > 5:
+            return f"{_minus(f'{self.mean:.1e} ± {self.std:.1e}')}"
         return f"{_minus(f'{self.mean:.{places}f}')} ± {self.std:.{places}f}"
 
 

@@ -385,9 +385,9 @@ def runs(group, values, measure="eval_loss"):
 def test_cells():
     found = results.cell([1.0, 2.0, 4.0, None, math.nan])
     assert found == pytest.approx((7 / 3, math.sqrt(7 / 3), 3))
-    cells = ((2.3333, 1.5275, 3), (0.12345, 0.00012, 2), (1234.5, 67, 3), (-0.5, math.nan, 1))
+    cells = ((2.3333, 1.5275, 3), (0.12345, 0.00012, 2), (1234.5, 67, 3), (-0.5, math.nan, 1), (-1.1e-6, 4.8e-6, 2))
     assert [str(Cell(*c)) for c in cells] == [
-        "2.3 ± 1.5", "0.12345 ± 0.00012", "1234 ± 67", "−0.5"
+        "2.3 ± 1.5", "0.12345 ± 0.00012", "1234 ± 67", "−0.5", "−1.1e−06 ± 4.8e−06"
     ]  # fmt: skip
     assert str(results.cell([])) == "–"
 
