@@ -206,10 +206,11 @@ def _adapted(model: Any, run: RunArguments, trained_in_full: list[str]) -> peft.
     task_type = "SEQ_CLS"
     if model.can_generate():
         task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(target_modules=targets, use_dora=run.adapter == "dora", task_type=task_type, **options),
-    )
+    config = peft.LoraConfig(target_modules=targets, use_dora=run.adapter == "dora", task_type=task_type, **options)
+    wrapped = peft.get_peft_model(model, config)
+    if config.modules_to_save:
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))  # peft adds the head's to those named
+    return wrapped
 
 
 def train(trainer: BALoraTrainer, checkpoint: str | None) -> Path:

@@ -21,14 +21,7 @@ _ENCODER = dict(
     classifier_dropout=0.0,
     initializer_range=0.2,
 )
-_BERT = (
-    "attention.self.query",
-    "attention.self.key",
-    "attention.self.value",
-    "attention.output.dense",
-    "intermediate.dense",
-    "output.dense",
-)
+_BERT = ("query", "key", "value", "output.dense", "intermediate.dense")
 _DEBERTA = ("query_proj", "key_proj", "value_proj", *_BERT[3:])
 _BART = dict(
     vocab_size=VOCAB,
@@ -41,6 +34,10 @@ _BART = dict(
     decoder_ffn_dim=48,
     max_position_embeddings=64,
     dropout=0.0,
+    attention_dropout=0.0,
+    activation_dropout=0.0,
+    encoder_layerdrop=0.0,
+    decoder_layerdrop=0.0,
     classifier_dropout=0.0,
     init_std=0.2,
     pad_token_id=0,
@@ -66,7 +63,7 @@ _T5 = dict(
 )
 _T5_LAYERS = ("q", "k", "v", "o", "wo")
 
-# name: (prefix of transformers' classes, its configuration, the parts of its head, names of layers of a block)
+# name: (prefix of transformers' classes, its configuration, the parts of its head, the linear layers of a block)
 CLASSIFIERS = {
     "bert": ("Bert", _ENCODER, ("classifier",), _BERT),
     "roberta": ("Roberta", _ENCODER, ("classifier",), _BERT),
@@ -123,7 +120,7 @@ CLASSIFIERS = {
             attn_implementation="eager",
         ),
         ("head", "classifier"),
-        ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
+        ("Wqkv", "Wo", "Wi"),
     ),
     "llama": ("Llama", _DECODER, ("score",), ARCHITECTURES["llama"][2]),
     "qwen2": ("Qwen2", _DECODER, ("score",), ARCHITECTURES["qwen2"][2]),
@@ -134,7 +131,12 @@ CLASSIFIERS = {
         ARCHITECTURES["gpt2"][2],
     ),
     "t5": ("T5", _T5, ("classification_head",), (*_T5_LAYERS, "wi")),
-    "bart": ("Bart", _BART, ("classification_head",), _BART_LAYERS),
+    "bart": (
+        "Bart",
+        _BART,
+        ("classification_head",),
+        ("q_proj", "k_proj", "v_proj", "self_attn.out_proj", "encoder_attn.out_proj", "fc1", "fc2"),
+    ),
 }
 ENCODER_DECODERS = {
     "t5": ("T5", {**_T5, "tie_word_embeddings": True}, (*_T5_LAYERS, "wi")),

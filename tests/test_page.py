@@ -384,3 +384,16 @@ def test_numbers(value, text):
 )
 def test_durations(seconds, text):
     assert page.duration(seconds) == text
+
+
+def test_the_metrics_of_a_classifier_are_plotted_and_the_probe_is_left_out():
+    history = [{"step": i, "eval_loss": 1.0, "eval_accuracy": i / 4, "eval_recall_rare": 0.0} for i in (1, 2)]
+    run = Run({"Model": "m"}, {}, BALoraConfig.preset("nlu_2024"), step=2, max_steps=2, history=history)
+    page = render(run)
+    assert "Metrics: accuracy from 0.25 to 0.5" in page
+    assert "squared covariances between the classes" in page
+    assert "squared distance of the normalized logits" in page
+    assert "Distance from the pre-trained model" not in page
+    assert "nats" not in page
+    run.history = [{"step": 1, "loss": 1.0, "eval_loss": 1.0}]
+    assert "<h2>Evaluation" not in render(run)

@@ -145,6 +145,30 @@ def test_the_best_checkpoint_is_loaded_and_a_run_goes_on_to_the_same_bits(inputs
     assert all(torch.equal(again[name], exported[name]) for name in exported)
 
 
+def test_a_regression(inputs, tmp_path, capsys):
+    g = np.random.default_rng(0)
+    rows = [{"text": "".join(g.choice(["a", "x"], 6, p=[p, 1 - p]))} for p in g.uniform(size=64)]
+    rows = [{**row, "label": row["text"].count("a") / 2} for row in rows]
+    data = write(tmp_path / "rows.jsonl", rows)
+    values = options(inputs, tmp_path / "run", data=data, eval_data=data, max_steps=24, save_strategy="no")
+    assert cli.main(["train", *flags(values)]) == 0
+    printed = capsys.readouterr().out
+    assert "train: 64 rows, regression: labels from 0 to 3, mean" in printed
+    results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert results["eval_pearson"] > 0.8
+    assert results["eval_spearman"] > 0.8
+    assert results["eval_mse"] == pytest.approx(results["eval_loss"], rel=1e-4)
+    model = loaded(inputs / "model", tmp_path / "run" / "lora")
+    assert (model.config.problem_type, model.config.num_labels) == ("regression", 1)
+    guesses = logits(model, inputs / "model", rows)[:, 0]
+    mse = ((guesses - torch.tensor([row["label"] for row in rows])) ** 2).mean().item()
+    assert mse == pytest.approx(results["eval_mse"], rel=1e-4)
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert "consistency" in history[0]
+    assert not {"diversity", "svd"} & history[0].keys()
+    assert "pearson" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_decoder_with_a_fresh_head_and_no_padding_token(inputs, tmp_path):
     model = tiny_checkpoint(tmp_path / "model", TEMPLATE)
     values = options(inputs, tmp_path / "run", model=model, max_steps=16, form="residual", save_strategy="no")
