@@ -12,20 +12,28 @@ from . import __version__, _import, info
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``balora train …``, ``balora info``; returns the exit status: 0, or 2 for arguments or data that do not fit."""
+    """``balora train …``, ``balora compare …``, ``balora info``; returns the exit status: 0, 1 where runs of a
+    comparison failed, 2 for arguments or data that do not fit, 130 for a comparison that was interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["compare-run"]:  # the process of one run of a comparison
+        return _compare_run(argv[1])
     parser = argparse.ArgumentParser(
         prog="balora", description="BA-LoRA fine-tuning: output regularizers without the [tokens, vocabulary] tensors."
     )
     parser.add_argument("--version", action="version", version=f"balora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("train", add_help=False, help="fine-tune a model; `balora train --help` lists every option")
+    commands.add_parser(
+        "compare",
+        add_help=False,
+        help="several methods and seeds, one table; `balora compare --help` lists every option",
+    )
     commands.add_parser("info", help="versions, devices, which implementation runs, and why the others do not")
     command = parser.parse_args(argv if argv[:1] == ["info"] else argv[:1]).command
     if command == "info":
         info()
         return 0
-    return _train(argv[1:])
+    return _compare(argv[1:]) if command == "compare" else _train(argv[1:])
 
 
 def _train(argv: list[str]) -> int:
@@ -40,14 +48,77 @@ def _train(argv: list[str]) -> int:
     return 0
 
 
+def _compare(argv: list[str]) -> int:
+    try:
+        run, compare = _import("train"), _import("compare")
+        parser = _train_parser(run, compare.CompareArguments)
+        parser.prog = "balora compare"
+        parser.usage = (
+            "balora compare recipe.yaml --output_dir DIR [--methods METHOD ...] [--seeds SEED ...]\n"
+            "                      [--sweep OPTION VALUE ...] [options of balora train]"
+        )
+        parser.description = (
+            "Train and measure several methods with the same recipe, data, budget and seeds. A recipe is that of "
+            "`balora train`; it may hold the options of this command too (sweep: {r: [4, 16]}). Each run is a folder "
+            "OUTPUT_DIR/METHOD/SEED and a process; finished ones are not repeated. The results: table.md, table.csv, "
+            "results.json and the page compare.html."
+        )
+        parser.add_argument(
+            "--sweep",
+            nargs="+",
+            action="append",
+            default=[],
+            metavar=("OPTION", "VALUE"),
+            help="an option of balora train and its values, each a run of the method balora; may be given again. "
+            "Other options stay: with r, lora_alpha does",
+        )
+        asked, (*_, own, more) = _parsed(parser, argv)
+        beside = {*vars(own), *vars(more)}
+        asked = {name: value for name, value in asked.items() if name not in beside}
+
+        def parse(options: Any) -> Any:
+            return _parsed(_train_parser(run), ["--output_dir=.", *_as_arguments(options)])[1]
+
+        comparison = compare.plan(own, more.sweep, asked, parse)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        print(f"balora compare: error: {error}", file=sys.stderr)
+        return 2
+    try:
+        found = compare.run_all(comparison)
+    except KeyboardInterrupt as stop:
+        print(f"balora compare: {stop}", file=sys.stderr)
+        return 130
+    print(compare.summary(comparison, found))
+    return 1 if any(result.failure for result in found) else 0
+
+
+def _compare_run(folder: str) -> int:
+    from pathlib import Path
+
+    try:
+        run, compare_run = _import("train"), _import("compare_run")
+        specification = json.loads((Path(folder) / compare_run.SPECIFICATION).read_text(encoding="utf-8"))
+        options = {**specification["options"], "output_dir": folder, "resume_from_checkpoint": "true"}
+        compare_run.perform(Path(folder), specification, _parsed(_train_parser(run), _as_arguments(options))[1])
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def _train_arguments(run: Any, argv: list[str]) -> tuple[dict[str, Any], tuple]:
     """What the user asked for, by name, and the three argument objects made of it."""
+    return _parsed(_train_parser(run), argv)
+
+
+def _train_parser(run: Any, *further: type) -> Any:
+    """The parser of ``balora train``, with the fields of further dataclasses."""
     from transformers import HfArgumentParser
 
     from .config import BALoraConfig
 
     parser = HfArgumentParser(
-        (run.RunArguments, BALoraConfig, run.TrainingArguments),
+        (run.RunArguments, BALoraConfig, run.TrainingArguments, *further),
         prog="balora train",
         usage="balora train --model DIR_OR_NAME --data FILE --output_dir DIR [options]\n"
         "       balora train recipe.yaml [options]",
@@ -61,6 +132,11 @@ def _train_arguments(run: Any, argv: list[str]) -> tuple[dict[str, Any], tuple]:
         action.required |= action.dest == "output_dir"  # not a default folder of somebody else's name
         if action.dest == "svd_rank":  # annotated as a float; 10 is a number of singular values, 0.3 a fraction of them
             action.type = _rank
+    return parser
+
+
+def _parsed(parser: Any, argv: list[str]) -> tuple[dict[str, Any], tuple]:
+    """What the user asked for, by name, and the argument objects made of it."""
     actions = {option: action for action in parser._actions for option in action.option_strings}
     known = set(actions)
     asked: dict[str, Any] = {}
@@ -120,6 +196,9 @@ def _as_arguments(options: dict[str, Any]) -> list[str]:
     for name, value in options.items():
         if isinstance(value, list):
             arguments += [f"--{name}", *map(str, value)] if value else []
+        elif name == "sweep" and isinstance(value, dict):
+            for option, values in value.items():
+                arguments += ["--sweep", option, *map(str, values)]
         elif value is not None:
             arguments.append(f"--{name}={json.dumps(value) if isinstance(value, (dict, bool)) else value}")
     return arguments

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -15,7 +15,8 @@ from html import escape
 from typing import Any
 
 from .config import BALoraConfig
-from .plots import Curve, draw, number
+from .elements import STYLE, Curves, curves_figure, or_why, table
+from .plots import Curve, number
 
 RELOAD = 10  # seconds
 
@@ -81,9 +82,9 @@ def render(run: Run) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">',
         f'<noscript><meta http-equiv="refresh" content="{RELOAD}"></noscript>' if running else "",
         f"<title>{escape(_short_status(run))} · {escape(title)} · balora</title>",
-        f"<style>{_STYLE}</style>",
+        f"<style>{STYLE}</style>",
     ]
-    settings = "".join(_or_why(name, "h3", partial(_settings_table, values)) for name, values in run.settings.items())
+    settings = "".join(or_why(name, "h3", partial(_settings_table, values)) for name, values in run.settings.items())
     body = [
         f"<header><p class=kicker>BA-LoRA run</p><h1>{escape(title)}</h1>{_status(run)}</header><main>",
         f"<section aria-label=Summary class=summary>{_summary(run)}</section>",
@@ -140,9 +141,9 @@ def _summary(run: Run) -> str:
     about = [*run.about.items(), ("Steps", f"{run.step:,} of {run.max_steps:,}")]
     note = f"{_unit(run)}, the SVD term a ratio"
     return (
-        _or_why("Run", "h2", lambda: _table([(name, [value]) for name, value in about]))
-        + _or_why("Results", "h2", lambda: _table(_results(run), ("", "first", "last"), note))
-        + _or_why("Cost", "h2", lambda: _table(_cost(run)))
+        or_why("Run", "h2", lambda: table([(name, [value]) for name, value in about]))
+        + or_why("Results", "h2", lambda: table(_results(run), ("", "first", "last"), note))
+        + or_why("Cost", "h2", lambda: table(_cost(run)))
     )
 
 
@@ -206,32 +207,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _or_why(title: str, level: str, make: Callable[[], str]) -> str:
-    """A heading and what ``make`` gives; where that fails, why: the rest of the page stays."""
-    try:
-        inside = make()
-    except Exception as error:
-        inside = _why_not(error)
-    return f"<div><{level}>{escape(title)}</{level}>{inside}</div>"
-
-
-def _why_not(error: Exception) -> str:
-    return f"<p class=empty>{escape(f'This could not be shown: {type(error).__name__}: {error}'[:300])}</p>"
-
-
-def _table(rows: Sequence[tuple[str, Sequence[str]]], columns: Sequence[str] = (), note: str = "") -> str:
-    head = "".join(f"<th scope=col>{escape(c)}</th>" if c else "<td></td>" for c in columns)
-    body = "".join(
-        f"<tr><th scope=row>{escape(name)}</th>{''.join(f'<td>{escape(v)}</td>' for v in values)}</tr>"
-        for name, values in rows
-    )
-    note = f"<p class=note>{escape(note)}</p>" if note else ""
-    kind = " class=numbers" if columns else ""
-    return f"<table{kind}>{f'<thead><tr>{head}</tr></thead>' if head else ''}{body}</table>{note}"
-
-
 def _settings_table(values: Mapping[str, Any]) -> str:
-    return _table([(name, [_setting(name, value)]) for name, value in values.items()])
+    return table([(name, [_setting(name, value)]) for name, value in values.items()])
 
 
 def _setting(name: str, value: Any) -> str:
@@ -241,8 +218,6 @@ def _setting(name: str, value: Any) -> str:
 
 
 # ---- the plots ----
-
-_Curves = Callable[[], Sequence[Curve]]  # made inside of the figure: one that fails leaves the others
 
 
 def _plots(run: Run) -> list[str]:
@@ -314,10 +289,10 @@ def _plots(run: Run) -> list[str]:
             curves.append(Curve(name, color, [p["step"] for p in points], [p[name] / 1e9 for p in points]))
         return curves
 
-    def figure(title: str, note: str, curves: _Curves, unit: str, empty: str, from_zero: bool = False) -> str:
-        return _figure(title, note, curves, unit, empty, x_range=x_range, from_zero=from_zero)
+    def figure(title: str, note: str, curves: Curves, unit: str, empty: str, from_zero: bool = False) -> str:
+        return curves_figure(title, note, curves, unit, empty, x_range=x_range, from_zero=from_zero)
 
-    def one(curve: Callable[..., Curve], *of: str) -> _Curves:
+    def one(curve: Callable[..., Curve], *of: str) -> Curves:
         return lambda: [curve(*of)]
 
     no_norm = "The Trainer logs no gradient norm in this run." if logs else no_log
@@ -345,7 +320,7 @@ def _plots(run: Run) -> list[str]:
         "Distance from the pre-trained model": [
             figure("KL to the pre-trained model", kl, one(probed, "kl", "", _CONSISTENCY), unit, no_probe, True),
             figure("Entropy", entropy, entropies, "nats", no_probe),
-            _figure(*spectrum, x_label="i", log=True),
+            curves_figure(*spectrum, x_label="i", log=True),
         ],
         "Optimization": [
             figure("Learning rate", "", one(logged, "learning_rate", "", _NEUTRAL), "", no_log, from_zero=True),
@@ -366,32 +341,6 @@ def _plots(run: Run) -> list[str]:
         f"<div class=plots>{''.join(figures)}</div></section>"
         for name, figures in sections.items()
     ]
-
-
-def _figure(title: str, note: str, curves: _Curves, unit: str, empty: str, **options: Any) -> str:
-    """One plot, or in its place why there is none."""
-    caption = f"<figcaption><h3>{escape(title)}</h3>{f'<p>{escape(note)}</p>' if note else ''}</figcaption>"
-    try:
-        inside = _plot(title, curves(), unit, **options) or f"<p class=empty>{escape(empty)}</p>"
-    except Exception as error:
-        inside = _why_not(error)
-    return f"<figure>{caption}{inside}</figure>"
-
-
-def _plot(title: str, curves: Sequence[Curve], unit: str, **options: Any) -> str:
-    """Each curve is labelled with its name and its last value. Empty where no curve has a point."""
-    shown, heard = [], []
-    for curve in curves:
-        finite = [v for v in curve.y if math.isfinite(v)]
-        if not finite:
-            continue
-        last = number(finite[-1], 3)
-        shown.append(curve._replace(label=f"{curve.label} {last}".strip()) if options.get("log") is None else curve)
-        heard.append(f"{curve.label or unit or title} from {number(finite[0], 3)} to {last}")
-    if not shown:
-        return ""
-    label = escape(f"{title}: {'; '.join(heard)}", quote=True)
-    return f'<div role=img aria-label="{label}">{draw(shown, unit, **options)}</div>'
 
 
 def _why_empty(run: Run, name: str, symbol: str) -> str:
@@ -418,54 +367,3 @@ else {
 }
 """
 )
-
-_STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #22262d; --soft: #5d6673; --line: #e3e6ea; --accent: #2f6fc4;
-  --good: #23804f; --bad: #b93a36 }
-@media (prefers-color-scheme: dark) { :root { --paper: #15171b; --ink: #e2e5ea; --soft: #9aa3b0; --line: #2c3038;
-  --accent: #6ea4ea; --good: #5cc08c; --bad: #ee8480 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 2rem clamp(1rem, 4vw, 3rem) 4rem; max-width: 86rem; background: var(--paper);
-  color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-  font-variant-numeric: tabular-nums }
-h1, td, .state { overflow-wrap: anywhere }
-h1, h2, h3, p { margin: 0 }
-h1 { font-size: 1.75rem; line-height: 1.2; font-weight: 650 }
-h2 { font-size: 1.05rem; font-weight: 650; margin-bottom: .6rem }
-h3 { font-size: .95rem; font-weight: 600 }
-.kicker, .note, figcaption p { color: var(--soft); font-size: .85rem }
-#status { margin: 1rem 0 .3rem }
-progress { display: block; width: 100%; height: .4rem; border: 0; border-radius: .2rem; background: var(--line);
-  accent-color: var(--accent); overflow: hidden; appearance: none; margin-bottom: .6rem }
-progress::-webkit-progress-bar { background: var(--line) }
-progress::-webkit-progress-value { background: var(--accent) }
-progress::-moz-progress-bar { background: var(--accent) }
-.finished progress::-webkit-progress-value { background: var(--good) }
-.finished progress::-moz-progress-bar { background: var(--good) }
-.stopped progress::-webkit-progress-value { background: var(--bad) }
-.stopped progress::-moz-progress-bar { background: var(--bad) }
-.state { font-size: 1.1rem; font-weight: 600 }
-.finished .state { color: var(--good) }
-.stopped .state { color: var(--bad) }
-section { margin-top: 2.4rem }
-.summary { display: grid; gap: 2rem 3rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)) }
-@media (min-width: 64rem) { .summary { grid-template-columns: 1.5fr 1.1fr 1fr } }
-table { border-collapse: collapse; width: 100%; font-size: .9rem }
-th, td { padding: .3rem 0; border-top: 1px solid var(--line); text-align: left; vertical-align: top; font-weight: 400 }
-th[scope=row] { color: var(--soft); padding-right: 1.2rem }
-@media (min-width: 40rem) { table:not(.numbers) th { white-space: nowrap } }
-.numbers td, th[scope=col] { text-align: right; padding-left: 1rem; white-space: nowrap }
-thead th, thead td { border-top: 0; color: var(--soft) }
-table + .note { margin-top: .5rem }
-.plots { display: grid; gap: 1.8rem 2.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)) }
-section > .note { margin: -.4rem 0 1rem }
-figure { margin: 0; max-width: 32rem }
-figcaption { margin-bottom: .4rem; min-height: 2.7rem }
-svg { display: block; width: 100%; height: auto; font-family: inherit; overflow: visible }
-.empty { border: 1px dashed var(--line); border-radius: .4rem; color: var(--soft); padding: 2.5rem 1.5rem;
-  text-align: center; font-size: .9rem }
-details { margin-top: 2.4rem; border-top: 1px solid var(--line); padding-top: 1rem }
-summary { cursor: pointer; font-weight: 600 }
-.settings { display: grid; gap: 0 3rem; max-width: 60rem }
-.settings h3 { margin: 1.2rem 0 .4rem }
-"""

@@ -1,4 +1,4 @@
-"""Line plots as inline SVG: text stays text, what is not a curve takes the page's own color."""
+"""Line plots, maps and bars as inline SVG: text stays text, what is not a curve takes the page's own color."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Curve(NamedTuple):
     y: Sequence[float]
     dashed: bool = False
     width: float = 1.4  # points
+    band: tuple[Sequence[float], Sequence[float]] | None = None  # the lowest and the highest value at each x
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -46,6 +47,7 @@ def draw(
     x_range: tuple[float, float] | None = None,
     log: bool = False,
     from_zero: bool = False,
+    ticks: Sequence[str] | None = None,
 ) -> str:
     """An ``<svg>`` element, without a title: give it one around it.
 
@@ -55,14 +57,10 @@ def draw(
         x_range: what the horizontal axis shows at least.
         log: logarithmic values; those of 0 and below leave a gap.
         from_zero: the value axis begins at 0.
+        ticks: names of the places 0, 1, … of the horizontal axis, instead of numbers.
     """
-    figure = Figure(figsize=(_WIDTH, _HEIGHT))
-    canvas = FigureCanvasSVG(figure)
     longest = max(len(curve.label) for curve in curves)
-    right = 0.98 - min(0.4, 0.02 + 0.0162 * longest)
-    axes: Axes = figure.add_axes((_LEFT, _BOTTOM, right - _LEFT, _TALL))
-    figure.patch.set_alpha(0)
-    axes.patch.set_alpha(0)
+    axes = _axes(right=0.98 - min(0.4, 0.02 + 0.0162 * longest))
     ends = []
     for curve in curves:
         x, y = _thinned(np.asarray(curve.x, float), np.asarray(curve.y, float))
@@ -79,6 +77,9 @@ def draw(
             marker="o" if few and not curve.dashed else None,
             markersize=2.6,
         )
+        if curve.band is not None:
+            low, high = (np.asarray(side, float) for side in curve.band)
+            axes.fill_between(curve.x, low, high, color=curve.color, alpha=0.16, linewidth=0)
         if len(seen):
             ends.append((float(y[seen[-1]]), float(x[seen[-1]]), curve))
     if log:
@@ -90,14 +91,66 @@ def draw(
         if from_zero:
             lowest, highest = axes.dataLim.intervaly
             axes.set_ylim(min(0.0, 1.05 * lowest), 1.05 * highest if highest > 0 else 1.0)
-    low, high = x_range or axes.get_xlim()
-    axes.set_xlim(low, high if high > low else low + 1)
+    left, right = x_range or axes.get_xlim()
+    axes.set_xlim(left, right if right > left else left + 1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+    if ticks is not None:
+        axes.set_xticks(range(len(ticks)), ticks)
     _style(axes, unit, x_label)
     _label_ends(axes, ends)
+    return _svg(axes, "".join([unit, *(curve.label for curve in curves)]))
+
+
+def draw_map(x: Sequence[float], y: Sequence[float], colors: Sequence[str], name: str) -> str:
+    """An ``<svg>`` element with a dot for each point, and no axes: only what lies near what has a meaning.
+
+    Args:
+        colors: of the points, one each; those of the rarest color are drawn last.
+        name: other than that of any other map of the page.
+    """
+    axes = _axes(left=0.01, bottom=0.01, right=0.99, top=0.99)
+    axes.set_axis_off()
+    for color in sorted(set(colors), key=lambda c: (-colors.count(c), c)):
+        mine = [i for i, c in enumerate(colors) if c == color]
+        axes.plot([x[i] for i in mine], [y[i] for i in mine], "o", color=color, markersize=2.4, alpha=0.75, mew=0)
+    return _svg(axes, f"map {name}")
+
+
+def draw_bars(
+    groups: Sequence[str], bars: Sequence[tuple[str, Sequence[float], Sequence[tuple[float, float]]]], unit: str
+) -> str:
+    """An ``<svg>`` element with bars side by side in each group.
+
+    Args:
+        bars: (color, height in each group, lowest and highest value in each group) of each bar.
+    """
+    axes = _axes(right=0.98)
+    width = 0.8 / max(len(bars), 1)
+    for i, (color, heights, ranges) in enumerate(bars):
+        at = np.arange(len(groups)) + (i - (len(bars) - 1) / 2) * width
+        axes.bar(at, heights, 0.88 * width, color=color)
+        axes.vlines(at, [low for low, _ in ranges], [high for _, high in ranges], color=_INK, linewidth=0.8)
+    axes.set_ylim(0, 1)
+    axes.set_xticks(range(len(groups)), groups)
+    _style(axes, unit, "")
+    return _svg(axes, f"bars {unit} {' '.join(groups)}")
+
+
+def _axes(left: float = _LEFT, bottom: float = _BOTTOM, right: float = 0.98, top: float = _BOTTOM + _TALL) -> Axes:
+    figure = Figure(figsize=(_WIDTH, _HEIGHT))
+    FigureCanvasSVG(figure)
+    axes: Axes = figure.add_axes((left, bottom, right - left, top - bottom))
+    figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    return axes
+
+
+def _svg(axes: Axes, salt: str) -> str:
+    """``salt`` is that of ids, which other plots of a page must not have."""
     out = io.StringIO()
-    salt = "".join([unit, *(curve.label for curve in curves)])  # of ids, which other plots of a page must not have
+    canvas = axes.figure.canvas
+    assert isinstance(canvas, FigureCanvasSVG)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "path.simplify": True}):
         canvas.print_svg(out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(out.getvalue())

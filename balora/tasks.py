@@ -36,6 +36,15 @@ class Task:
     predictions: Callable[[Any, Any], Any] | None = None  # what of the logits is kept for the metrics
 
 
+def find(run: Any, kind: str, tokenizer: Any) -> Task:
+    """The task of a run: ``kind`` is nlg or nlu, the model says the rest."""
+    if kind == "nlu":
+        return classifier(run, tokenizer)
+    if AutoConfig.from_pretrained(run.model).is_encoder_decoder:
+        return encoder_decoder(run, tokenizer)
+    return language_model(run, tokenizer)
+
+
 def language_model(run: Any, tokenizer: Any) -> Task:
     """A causal language model on instruction data."""
     length = _max_length(run, tokenizer)

@@ -147,12 +147,7 @@ def setup(
         raise ValueError(
             f"model: expected a tokenizer with a padding or end-of-text token, found neither in {run.model}"
         )
-    if config.task == "nlu":
-        task = tasks.classifier(run, tokenizer)
-    elif AutoConfig.from_pretrained(run.model).is_encoder_decoder:
-        task = tasks.encoder_decoder(run, tokenizer)
-    else:
-        task = tasks.language_model(run, tokenizer)
+    task = tasks.find(run, config.task, tokenizer)
     sets = [task.train, *([task.evaluation] if task.evaluation else [])]
     _check_vocabulary(run.model, sets)
 

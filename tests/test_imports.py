@@ -133,7 +133,8 @@ MAY_IMPORT = {
         "balora.reference",
     },
     "plots": {"matplotlib", "numpy"},
-    "page": {"balora.config", "balora.plots"},
+    "elements": {"balora.plots"},
+    "page": {"balora.config", "balora.elements", "balora.plots"},
     "report": {
         "numpy",
         "torch",
@@ -161,6 +162,19 @@ MAY_IMPORT = {
         "balora.trainer",
         "peft",
     },
+    "measure": {"torch", "sklearn", "balora.functional"},
+    "results": set(),
+    "compare_run": {
+        "torch",
+        "transformers",
+        "peft",
+        "balora",
+        "balora.measure",
+        "balora.tasks",
+        "balora.train",
+    },
+    "compare_page": {"balora", "balora.elements", "balora.plots", "balora.results"},
+    "compare": {"tqdm", "yaml", "balora.compare_page", "balora.compare_run", "balora.results", "balora.sources"},
     "cli": {"transformers", "yaml", "balora", "balora.config"},
 }
 

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 
 import matplotlib
 
-from balora import BALoraConfig, page, plots
+from balora import BALoraConfig, elements, page, plots
 from balora.page import Run, render
 from balora.plots import Curve, draw
 
@@ -162,7 +162,7 @@ def test_a_table_or_plot_that_fails_leaves_the_rest(monkeypatch):
     def no_ink(*_, **__):
         raise RuntimeError("<no ink>")
 
-    monkeypatch.setattr(page, "draw", no_ink)
+    monkeypatch.setattr(elements, "draw", no_ink)
     html = render(run())
     assert html.count("This could not be shown: RuntimeError: &lt;no ink&gt;") == 13
     assert row(html, "loss") == ["2.95", "2"]
