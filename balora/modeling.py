@@ -24,6 +24,7 @@ from .config import BALoraConfig
 from .functional import IGNORE_INDEX, BALoraOutput, linear_objective, logits_objective
 from .output_layer import Heads, decoder_of, difference, heads_of
 from .pissa import head_modules, teacher
+from .sharding import check_weights_whole, hooked, partitioned, whole, within
 
 # peft initializations that write to the base weights: with the adapters off, such a model is not the pre-trained one.
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal", "lora_ga")
@@ -90,6 +91,7 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
                 f"peft_model: {name} is trained and no adapter, so the pre-trained model would be lost; expected "
                 "frozen base weights"
             )
+    check_weights_whole(peft_model)
     base = peft_model.get_base_model()
     if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError("peft_model: encoder-decoder models are not supported so far")
@@ -112,8 +114,13 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
 def _known_heads(peft_model: peft.PeftModel) -> Heads | None:
     """The model's output layer as linear maps, or None, and a warning, where it is none."""
     base: Any = peft_model.get_base_model()
-    found = heads_of(base)
-    reason = found if isinstance(found, str) else difference(peft_model, found)
+    with whole(base.get_output_embeddings().parameters()):
+        found = heads_of(base)
+    reason: str | None = None
+    if isinstance(found, str):
+        reason = found
+    elif not any(map(partitioned, peft_model.parameters())):  # whose forward needs DeepSpeed's engine
+        reason = difference(peft_model, found)
     if reason is None and not isinstance(found, str):
         return found
     warnings.warn(
@@ -231,16 +238,11 @@ def _from_hidden(
     routed: bool,
 ) -> tuple[BALoraOutput, Any]:
     """The objective by the head, and the outputs of the student's forward."""
-    heads = heads_of(self, self._balora.heads)  # adapters come and go
-    if isinstance(heads, str):
-        raise ValueError(f"peft_model: {heads}, which was not so when it was attached; detach and attach it again")
-    self._balora.heads = heads
     teacher_hidden = None
-    device = heads.student.weight.device
     decoder = decoder_of(self)
     if config.lambda_consistency != 0:
         with torch.no_grad(), teacher(self):
-            teacher_hidden = decoder(**arguments).last_hidden_state.to(device)
+            teacher_hidden = decoder(**arguments).last_hidden_state
     if not routed:
         outputs = decoder(**arguments)
         hidden = outputs.last_hidden_state
@@ -253,16 +255,30 @@ def _from_hidden(
         finally:
             handle.remove()
         hidden = captured[0]
-    result = linear_objective(
-        hidden.to(device),
-        teacher_hidden,
-        heads.student,
-        labels.to(device),
-        config,
-        teacher_head=heads.teacher,
-        normalizer=_at_least_one(normalizer, device),
-    )
-    return result, outputs
+    found: list[BALoraOutput] = []
+
+    def objective(hidden: Tensor, teacher_hidden: Tensor | None) -> Tensor:
+        heads = heads_of(self, self._balora.heads)  # adapters come and go
+        if isinstance(heads, str):
+            raise ValueError(f"peft_model: {heads}, which was not so when it was attached; detach and attach it again")
+        self._balora.heads = heads
+        device = heads.student.weight.device
+        result = linear_objective(
+            hidden.to(device),
+            None if teacher_hidden is None else teacher_hidden.to(device),
+            heads.student,
+            labels.to(device),
+            config,
+            teacher_head=heads.teacher,
+            normalizer=_at_least_one(normalizer, device),
+        )
+        found.append(result)
+        return result.loss
+
+    layer = self.get_output_embeddings()
+    # The head is not called: where an engine gathers its weights for its forward alone, they are read inside of it.
+    loss = within(layer, objective, hidden, teacher_hidden) if hooked(layer) else objective(hidden, teacher_hidden)
+    return found[0]._replace(loss=loss), outputs
 
 
 def _from_logits(

@@ -26,6 +26,7 @@ from .adapters import FROZEN, checkpoint_form
 from .config import BALoraConfig
 from .modeling import attach
 from .pissa import export_lora, get_pissa_model, principal_errors
+from .sharding import numel, sharded
 from .targets import default_targets
 from .trainer import BALoraTrainer
 
@@ -133,11 +134,11 @@ def setup(
             f"model: expected a tokenizer with a padding or end-of-text token, found neither in {run.model}"
         )
     train_set = data.tokenize(rows, tokenizer, run.max_length, rows.name)
-    _say("train: ", train_set)
+    _summarize(training, "train: ", train_set)
     eval_set = None
     if eval_rows:
         eval_set = data.tokenize(eval_rows, tokenizer, run.max_length, eval_rows.name)
-        _say("eval:  ", eval_set)
+        _summarize(training, "eval:  ", eval_set)
     _check_vocabulary(run.model, [train_set, *([eval_set] if eval_set else [])])
 
     try:
@@ -149,9 +150,9 @@ def setup(
         _check_adapters(model, run.form if run.adapter == "pissa" else None, checkpoint)
     attach(model, config)
     start = principal_errors(model).summary if run.adapter == "pissa" else {"lora": "LoRA", "dora": "DoRA"}[run.adapter]
-    print(start, flush=True)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"model: {trained:,} trained parameters of {sum(p.numel() for p in model.parameters()):,}", flush=True)
+    _say(training, start)
+    trained = sum(numel(p) for p in model.parameters() if p.requires_grad)
+    _say(training, f"model: {trained:,} trained parameters of {sum(map(numel, model.parameters())):,}")
 
     training.dataloader_pin_memory = training.dataloader_pin_memory and torch.accelerator.is_available()
     trainer = BALoraTrainer(
@@ -162,12 +163,15 @@ def setup(
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=data.IGNORE_INDEX),
         processing_class=tokenizer,
     )
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError(f"fsdp_state_dict_type: expected FULL_STATE_DICT, found {plugin.state_dict_type}")
     about = {"Model": run.model, "Training data": f"{run.data}: {train_set.summary()}"}
     about["Evaluation data"] = f"{run.eval_data}: {eval_set.summary()}" if eval_set else "none"
     form = f", {run.form} form" if run.adapter == "pissa" else ""
     about["Adapters"] = f"{start}{form}, r = {run.r}, alpha = {run.lora_alpha:g}"
     _add_report(trainer, about, recipe)
-    if recipe is not None:
+    if recipe is not None and training.should_save:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)
         kept = {name: value for name, value in recipe.items() if not name.endswith("_token")}  # no secret in a file
         text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
@@ -211,9 +215,11 @@ def train(trainer: BALoraTrainer, checkpoint: str | None) -> Path:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     folder = Path(str(trainer.args.output_dir)) / LORA
-    if trainer.args.should_save:
-        export_lora(trainer.accelerator.unwrap_model(trainer.model), folder)
-        print(f"LoRA:  {folder} (load it with peft.PeftModel.from_pretrained; the checkpoints are for resuming only)")
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.args.should_save or sharded(model):
+        export_lora(model, folder)
+    about = "load it with peft.PeftModel.from_pretrained; the checkpoints are for resuming only"
+    _say(trainer.args, f"LoRA:  {folder} ({about})")
     if trainer.report is not None and trainer.report.written:
         print(f"report: {trainer.report.path}", flush=True)
     return folder
@@ -223,7 +229,7 @@ def _add_report(trainer: BALoraTrainer, about: dict[str, str], recipe: dict[str,
     try:
         report = _import("report")
     except ImportError as error:
-        print(f"report: none of this run; {error}", flush=True)
+        _say(trainer.args, f"report: none of this run; {error}")
         return
     folder = Path(str(trainer.args.output_dir))
     about = {**about, "Output folder": str(folder)}
@@ -254,10 +260,10 @@ def _checkpoint(training: TrainingArguments) -> str | None:
         return str(asked)
     for path in found:
         if _complete(path):
-            print(f"resume: from {path}", flush=True)
+            _say(training, f"resume: from {path}")
             return str(path)
-        print(f"resume: {path} is incomplete (the run ended while it was written), looking further back", flush=True)
-    print(f"resume: no complete checkpoint in {folder}, starting from the beginning", flush=True)
+        _say(training, f"resume: {path} is incomplete (the run ended while it was written), looking further back")
+    _say(training, f"resume: no complete checkpoint in {folder}, starting from the beginning")
     return None
 
 
@@ -310,13 +316,20 @@ def _complete(path: Path) -> bool:
         json.loads((path / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
-    return all((path / name).is_file() for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt"))
+    # One process and DDP; FSDP; ZeRO, which has its scheduler in there.
+    optimizer = (path / "optimizer.pt", path / "optimizer.bin", path / "latest")
+    return (path / "adapter_model.safetensors").is_file() and any(file.is_file() for file in optimizer)
 
 
-def _say(what: str, rows: data.Tokenized) -> None:
-    print(what + rows.summary(), flush=True)
+def _summarize(training: TrainingArguments, what: str, rows: data.Tokenized) -> None:
+    _say(training, what + rows.summary())
     for warning in rows.warnings():
-        print(f"{what}warning: {warning}", flush=True)
+        _say(training, f"{what}warning: {warning}")
+
+
+def _say(training: TrainingArguments, text: str) -> None:
+    if training.process_index == 0:
+        print(text, flush=True)
 
 
 def _check_vocabulary(model: str, sets: list[data.Tokenized]) -> None:

@@ -51,8 +51,7 @@ class BALoraCallback(TrainerCallback):
                 self._step[name] = self._step[name] + value if name in self._step else value
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        sharded = args.deepspeed or args.fsdp  # there a gradient may lie elsewhere
-        if self._checked or sharded:
+        if self._checked or args.deepspeed_plugin is not None:  # whose engine keeps the gradients elsewhere
             return
         self._checked = True
         idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

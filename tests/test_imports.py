@@ -57,7 +57,8 @@ MAY_IMPORT = {
         "balora.streaming",
     },
     "principal": {"torch", "balora.functional"},
-    "adapters": {"torch", "peft", "safetensors"},
+    "adapters": {"torch", "peft", "safetensors", "balora.sharding"},
+    "sharding": {"torch", "transformers", "deepspeed"},
     "targets": {"torch", "transformers"},
     "pissa": {
         "torch",
@@ -67,6 +68,7 @@ MAY_IMPORT = {
         "balora.adapters",
         "balora.checks",
         "balora.principal",
+        "balora.sharding",
         "balora.targets",
     },
     "output_layer": {
@@ -85,6 +87,7 @@ MAY_IMPORT = {
         "balora.functional",
         "balora.output_layer",
         "balora.pissa",
+        "balora.sharding",
     },
     "sources": {"datasets"},
     "tokenized": {"numpy", "balora.functional"},
@@ -111,6 +114,7 @@ MAY_IMPORT = {
         "balora.modeling",
         "balora.page",
         "balora.probe",
+        "balora.sharding",
     },
     "trainer": {"torch", "transformers", "balora.modeling"},
     "train": {
@@ -123,6 +127,7 @@ MAY_IMPORT = {
         "balora.data",
         "balora.modeling",
         "balora.pissa",
+        "balora.sharding",
         "balora.targets",
         "balora.trainer",
         "peft",
