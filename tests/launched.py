@@ -20,8 +20,9 @@ def fsdp_on_cpus():
     begin = AcceleratorState.__init__
 
     def with_gpus(self, *args, **kwargs):
-        PartialState(cpu=True)
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        if not AcceleratorState._shared_state:
+            PartialState(cpu=True)
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         begin(self, *args, **kwargs)
 
     AcceleratorState.__init__ = with_gpus
