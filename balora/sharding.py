@@ -55,9 +55,9 @@ def whole(parameters: Iterable[Tensor]) -> AbstractContextManager:
     parameters = [p for p in parameters if partitioned(p)]
     if not parameters:
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters(parameters)
+    return deepspeed.zero.GatheredParameters(parameters)
 
 
 def full(tensor: Tensor) -> Tensor:
