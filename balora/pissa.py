@@ -367,8 +367,8 @@ def export_lora(peft_model: peft.PeftModel, directory: str | Path) -> None:
     so that the two parts do not have to cancel again in whatever type the LoRA is loaded in. A model with ordinary LoRA
     adapters is saved as it is. ``modules_to_save`` go with it, in full.
 
-    Where an engine has sharded the adapters over processes (FSDP2, ZeRO-3), every process has to call this; the first one
-    writes. Of whole adapters (one process, DDP, ZeRO-2) each call writes.
+    Where an engine has sharded the adapters over processes (FSDP2, ZeRO-3), every process has to call this; the first
+    one writes. Of whole adapters (one process, DDP, ZeRO-2) each call writes.
 
     Files: ``adapter_config.json`` and ``adapter_model.safetensors``. The exported model equals the trained one within
     the rounding of its type; in the residual form, that of W_res comes on top.

@@ -63,7 +63,8 @@ def whole(parameters: Iterable[Tensor]) -> AbstractContextManager:
 def full(tensor: Tensor) -> Tensor:
     """The tensor over all processes, detached. Every process has to ask; one of ZeRO-3 needs ``whole`` around it."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    gather: Any = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def reshard(model: nn.Module) -> None:

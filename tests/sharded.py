@@ -1,6 +1,7 @@
-"""FSDP2 by hand on two processes against one: ``torchrun --nproc_per_node=2 tests/sharded.py OUT`` writes OUT/found.json.
+"""FSDP2 by hand on two processes against one: ``torchrun --nproc_per_node=2 tests/sharded.py OUT``.
 
-Each process trains the whole batch alone first, then its half of the batch with the model sharded over both.
+Each process trains the whole batch alone first, then its half of the batch with the model sharded over both. What was
+found goes to OUT/found.json.
 """
 
 import hashlib

@@ -140,7 +140,9 @@ def trained_and_resumed(config, alone, folder, **environment):
     assert status == 0, text
     for name in "ab":
         assert_same_run(folder / name, run)
-        assert text.count(f"LoRA:  {folder / name}") == text.count(f"report: {folder / name}") == 1  # one process says it
+        assert (
+            text.count(f"LoRA:  {folder / name}") == text.count(f"report: {folder / name}") == 1
+        )  # one process says it
     assert text.count("train: 32 rows") == 2
     assert "got no gradient" not in text
     return text
@@ -191,7 +193,8 @@ def test_a_killed_process_ends_the_run_with_an_error_and_a_checkpoint_to_go_on_f
     assert "Signal 9" in text
     assert time.monotonic() - began < 180  # mostly the start
     assert not (tmp_path / "run" / "lora").exists()
-    resume = train(values, tmp_path / "run", resume_from_checkpoint=True)
+    # torchrun would take --r for one of its own options
+    resume = ["train", tmp_path / "run" / "recipe.yaml", "--resume_from_checkpoint", "true"]
     status, text = finished([*TORCHRUN, "-m", "balora.cli", *resume])
     assert status == 0, text
     assert text.count(f"resume: from {tmp_path / 'run' / 'checkpoint-3'}") == 1
