@@ -138,20 +138,20 @@ class _WeightGram:
 
     def __init__(self, weight: Tensor) -> None:
         self.gram = spectral.gram([weight.detach()])
-        self._version = _version(weight)
+        self._weight, self._version = weakref.ref(weight), _version(weight)
         self._sums = _bit_sums(weight)
 
     def fits(self, weight: Tensor) -> bool:
-        """Whether it is the Gram matrix of this weight: the same memory, unchanged, or else the same numbers.
+        """Whether it is of this weight: the same tensor, unchanged in the same memory, or else the same numbers.
 
         FSDP and ZeRO-3 gather a weight into other memory in every step; to read it costs little beside V·d².
         """
         version = _version(weight)
-        if version == self._version:
+        if version == self._version and weight is self._weight():
             return True
         if version[1:] != self._version[1:] or not torch.equal(_bit_sums(weight), self._sums):
             return False
-        self._version = version
+        self._weight, self._version = weakref.ref(weight), version
         return True
 
 

@@ -69,6 +69,7 @@ def full(tensor: Tensor) -> Tensor:
 
 def reshard(model: nn.Module) -> None:
     """Let FSDP2 let go of what an evaluation has left gathered, perhaps in another type."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
