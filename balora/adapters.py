@@ -19,6 +19,8 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from .sharding import full
+
 ADAPTER = "default"
 # form: the names of the layer's modules that hold A₀ and B₀
 FROZEN = {"offset": ("lora_offset_A", "lora_offset_B"), "residual": ("lora_initial_A", "lora_initial_B")}
@@ -152,7 +154,7 @@ def initial_scaling(module: LoraLayer, adapter: str) -> float:
 def factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """left [out, 2r], right [2r, in] in float64 with left·right = s·(BA − B₀A₀), the change of W."""
     a0, b0 = frozen(module, adapter)
-    a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
+    a, b = full(module.lora_A[adapter].weight), full(module.lora_B[adapter].weight)
     left = [b.double() * module.scaling[adapter], -b0.double() * initial_scaling(module, adapter)]
     return torch.cat(left, dim=1), torch.cat([a.double(), a0.double()], dim=0)
 

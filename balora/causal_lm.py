@@ -15,6 +15,7 @@ from .config import BALoraConfig
 from .functional import IGNORE_INDEX, BALoraOutput, linear_objective, logits_objective
 from .output_layer import decoder_of, heads_now
 from .pissa import teacher
+from .sharding import hooked, within
 
 # Arguments of a causal model's forward that are the loss's, not the decoder's.
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "ignore_index")
@@ -58,13 +59,11 @@ def _from_hidden(
     routed: bool,
 ) -> tuple[BALoraOutput, Any]:
     """The objective by the head, and the outputs of the student's forward."""
-    heads = model._balora.heads = heads_now(model, model._balora.heads)
     teacher_hidden = None
-    device = heads.student.weight.device
     decoder = decoder_of(model)
     if config.lambda_consistency != 0:
         with torch.no_grad(), teacher(model):
-            teacher_hidden = decoder(**arguments).last_hidden_state.to(device)
+            teacher_hidden = decoder(**arguments).last_hidden_state
     if not routed:
         outputs = decoder(**arguments)
         hidden = outputs.last_hidden_state
@@ -77,16 +76,41 @@ def _from_hidden(
         finally:
             handle.remove()
         hidden = captured[0]
-    result = linear_objective(
-        hidden.to(device),
-        teacher_hidden,
-        heads.student,
-        labels.to(device),
-        config,
-        teacher_head=heads.teacher,
-        normalizer=at_least_one(normalizer, device),
-    )
-    return result, outputs
+    return head_objective(model, hidden, teacher_hidden, labels, normalizer, config), outputs
+
+
+def head_objective(
+    model: Any,
+    hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    labels: Tensor,
+    normalizer: Any,
+    config: BALoraConfig,
+) -> BALoraOutput:
+    """The objective of the two last hidden states [B, S, d] by the head, which is not called.
+
+    Where an engine gathers the head's weights for its forward alone, they are read inside of one.
+    """
+    found: list[BALoraOutput] = []
+
+    def objective(hidden: Tensor, teacher_hidden: Tensor | None) -> Tensor:
+        heads = model._balora.heads = heads_now(model, model._balora.heads)
+        device = heads.student.weight.device
+        result = linear_objective(
+            hidden.to(device),
+            None if teacher_hidden is None else teacher_hidden.to(device),
+            heads.student,
+            labels.to(device),
+            config,
+            teacher_head=heads.teacher,
+            normalizer=at_least_one(normalizer, device),
+        )
+        found.append(result)
+        return result.loss
+
+    layer = model.get_output_embeddings()
+    loss = within(layer, objective, hidden, teacher_hidden) if hooked(layer) else objective(hidden, teacher_hidden)
+    return found[0]._replace(loss=loss)
 
 
 def from_logits(

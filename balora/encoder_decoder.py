@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attachment import Attachment, at_least_one
-from .causal_lm import from_logits
+from .attachment import Attachment
+from .causal_lm import from_logits, head_objective
 from .config import BALoraConfig
-from .functional import IGNORE_INDEX, BALoraOutput, linear_objective
-from .output_layer import heads_now, run_to_head
+from .functional import IGNORE_INDEX, BALoraOutput
+from .output_layer import run_to_head
 from .pissa import teacher
 
 
@@ -63,23 +63,12 @@ def _from_hidden(
     config: BALoraConfig,
 ) -> tuple[BALoraOutput, Any]:
     """The objective by the head, and the outputs of the student's forward."""
-    heads = model._balora.heads = heads_now(model, model._balora.heads)
-    device = heads.student.weight.device
     teacher_hidden = None
     if config.lambda_consistency != 0:
         with torch.no_grad(), teacher(model):
-            teacher_hidden = run_to_head(model, original, arguments)[0].to(device)
+            teacher_hidden = run_to_head(model, original, arguments)[0]
     hidden, outputs = run_to_head(model, original, arguments)
-    result = linear_objective(
-        hidden.to(device),
-        teacher_hidden,
-        heads.student,
-        labels.to(device),
-        config,
-        teacher_head=heads.teacher,
-        normalizer=at_least_one(normalizer, device),
-    )
-    return result, outputs
+    return head_objective(model, hidden, teacher_hidden, labels, normalizer, config), outputs
 
 
 def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:

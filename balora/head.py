@@ -69,7 +69,7 @@ class LinearHead:
         self.weight, self.bias, self.softcap, self.scale, self.lora = weight, bias, softcap, float(scale), lora
         self.key = next(_KEYS)
         _HEADS[self.key] = self
-        self._weight_gram: tuple[Any, Tensor] | None = None
+        self._weight_gram: _WeightGram | None = None
         self._gram: tuple[Any, spectral.HeadGram] | None = None
 
     @staticmethod
@@ -123,15 +123,47 @@ class LinearHead:
     @property
     def gram(self) -> spectral.HeadGram:
         """[W, B, b]ᵀ[W, B, b] and a factor of it."""
-        weight_key = _version(self.weight)
-        if self._weight_gram is None or self._weight_gram[0] != weight_key:
-            self._weight_gram = (weight_key, spectral.gram([self.weight.detach()]))
-        key = tuple(_version(t) for t in self.tensors if t is not None)
+        if self._weight_gram is None or not self._weight_gram.fits(self.weight):
+            self._weight_gram = _WeightGram(self.weight)
+        known = self._weight_gram.gram
+        key = (id(known), *(_version(t) for t in self.tensors[1:] if t is not None))
         if self._gram is None or self._gram[0] != key:
-            known = self._weight_gram[1]
             extra = Linear(self, known.dtype).extra
             self._gram = (key, spectral.head_gram(self.weight.detach(), extra, known))
         return self._gram[1]
+
+
+class _WeightGram:
+    """WᵀW [d, d], and what W it is of."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.gram = spectral.gram([weight.detach()])
+        self._weight, self._version = weakref.ref(weight), _version(weight)
+        self._sums = _bit_sums(weight)
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether it is of this weight: the same tensor, unchanged in the same memory, or else the same numbers.
+
+        FSDP and ZeRO-3 gather a weight into other memory in every step; to read it costs little beside V·d².
+        """
+        version = _version(weight)
+        if version == self._version and weight is self._weight():
+            return True
+        if version[1:] != self._version[1:] or not torch.equal(_bit_sums(weight), self._sums):
+            return False
+        self._weight, self._version = weakref.ref(weight), version
+        return True
+
+
+def _bit_sums(weight: Tensor) -> Tensor:
+    """The sums of the rows' and of the columns' bits as whole numbers, exact whatever the order, [V + d]."""
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.dtype.itemsize]
+    rows, columns = [], torch.zeros(weight.shape[1], dtype=torch.int64, device=weight.device)
+    for part in weight.detach().view(kind).split(spectral.rows_at_a_time(weight)):
+        wide = part.long()
+        rows.append(wide.sum(1))
+        columns += wide.sum(0)
+    return torch.cat([*rows, columns])
 
 
 def _version(tensor: Tensor) -> tuple[Any, ...]:

@@ -22,6 +22,7 @@ from .attachment import Attachment, attachment, by_name, find, set_progress
 from .config import BALoraConfig
 from .functional import IGNORE_INDEX
 from .output_layer import Heads, decoder_of, difference, heads_of
+from .sharding import check_weights_whole, partitioned, whole
 
 __all__ = ["attach", "attachment", "detach", "set_progress"]
 
@@ -86,6 +87,7 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
                 f"peft_model: {name} is trained and no adapter, so the pre-trained model would be lost; expected "
                 "frozen base weights"
             )
+    check_weights_whole(peft_model)
     base = peft_model.get_base_model()
     heads = None
     if config.task == "nlu":
@@ -122,8 +124,13 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
 def _known_heads(peft_model: peft.PeftModel) -> Heads | None:
     """The model's output layer as linear maps, or None, and a warning, where it is none."""
     base: Any = peft_model.get_base_model()
-    found = heads_of(base)
-    reason = found if isinstance(found, str) else difference(peft_model, found)
+    with whole(base.get_output_embeddings().parameters()):
+        found = heads_of(base)
+    reason: str | None = None
+    if isinstance(found, str):
+        reason = found
+    elif not any(map(partitioned, peft_model.parameters())):  # whose forward needs DeepSpeed's engine
+        reason = difference(peft_model, found)
     if reason is None and not isinstance(found, str):
         return found
     warnings.warn(

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from . import principal
 from .adapters import ADAPTER, VARIANTS, factors, form_of, frozen, initial_scaling, pretrained_weight, subtract
 from .checks import check_whole
+from .sharding import check_weights_whole, first_process, full, partitioned, reshard, sharded, whole
 from .targets import LINEAR, check_hits, checked_targets, default_targets, fused_error
 
 # What peft trains in full in every model of the task type SEQ_CLS.
@@ -97,6 +98,7 @@ def get_pissa_model(
     """
     if isinstance(model, peft.PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise ValueError("model: expected a model without adapters, found one that peft has wrapped already")
+    check_weights_whole(model)
     check_whole("r", r)
     if not (isinstance(lora_alpha, (int, float)) and math.isfinite(lora_alpha) and lora_alpha > 0):
         raise ValueError(f"lora_alpha: expected a finite number above 0, found {lora_alpha!r}")
@@ -110,6 +112,8 @@ def get_pissa_model(
     check_whole("batch_bytes", batch_bytes)
     if n_iter is not None:
         check_whole("n_iter", n_iter)
+    if form == "residual" and any(map(partitioned, model.parameters())):
+        raise ValueError("form: expected 'offset' for weights that ZeRO-3 has partitioned, found 'residual'")
     device = _device(device)
     unknown = sorted(set(lora_config) - set(_LORA_OPTIONS))
     if unknown:
@@ -139,7 +143,8 @@ def get_pissa_model(
             wrapped = peft.get_peft_model(model, config)
         layers = {name: m for name, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
         for name, layer in layers.items():
-            _check_layer(name, layer)
+            with whole(layer.get_base_layer().parameters()):
+                _check_layer(name, layer)
         if form == "residual":
             _check_unshared(model, layers)
         _initialize(list(layers.values()), form, batch_bytes, n_iter, device)
@@ -163,16 +168,23 @@ def get_pissa_model(
 def _initialize(
     layers: list[LoraLayer], form: str, batch_bytes: int, n_iter: int | None, device: torch.device | None
 ) -> None:
-    weights = [pretrained_weight(layer, ADAPTER) for layer in layers]
-    ranks, scalings = [layer.r[ADAPTER] for layer in layers], [layer.scaling[ADAPTER] for layer in layers]
+    # Weights that ZeRO-3 has partitioned are gathered one at a time: all of them may be more than a device holds.
+    together: list[LoraLayer] = []
+    alone: list[LoraLayer] = []
+    for layer in layers:
+        (alone if any(map(partitioned, layer.get_base_layer().parameters())) else together).append(layer)
     with tqdm(total=len(layers), desc="PiSSA: decomposing the weights", disable=None, leave=False) as bar:
-        for batch in principal.batches(weights, ranks, batch_bytes):
-            found = principal.factors(
-                [weights[i] for i in batch], ranks[batch[0]], [scalings[i] for i in batch], n_iter, device
-            )
-            for i, (b0, a0) in zip(batch, found, strict=True):
-                VARIANTS[form].init(layers[i], ADAPTER, a0=a0, b0=b0)
-            bar.update(len(batch))
+        for group in (together, *([layer] for layer in alone)):
+            with whole(p for layer in group for p in layer.get_base_layer().parameters()):
+                weights = [pretrained_weight(layer, ADAPTER) for layer in group]
+                ranks, scalings = [layer.r[ADAPTER] for layer in group], [layer.scaling[ADAPTER] for layer in group]
+                for batch in principal.batches(weights, ranks, batch_bytes):
+                    found = principal.factors(
+                        [weights[i] for i in batch], ranks[batch[0]], [scalings[i] for i in batch], n_iter, device
+                    )
+                    for i, (b0, a0) in zip(batch, found, strict=True):
+                        VARIANTS[form].init(group[i], ADAPTER, a0=a0, b0=b0)
+                    bar.update(len(batch))
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:
@@ -364,8 +376,9 @@ def principal_errors(
     found = []
     for name in tqdm(chosen.values(), desc="PiSSA: measuring the adapters", disable=None, leave=False):
         layer = layers[name]
-        weight, (a0, b0) = pretrained_weight(layer, ADAPTER), frozen(layer, ADAPTER)
-        error, least = principal.errors(weight, b0, a0, initial_scaling(layer, ADAPTER), place)
+        with whole(layer.get_base_layer().parameters()):
+            weight, (a0, b0) = pretrained_weight(layer, ADAPTER), frozen(layer, ADAPTER)
+            error, least = principal.errors(weight, b0, a0, initial_scaling(layer, ADAPTER), place)
         found.append(PrincipalError(name, (weight.shape[0], weight.shape[1]), len(a0), error, least))
     return PrincipalErrors(found, len(layers))
 
@@ -377,15 +390,24 @@ def export_lora(peft_model: peft.PeftModel, directory: str | Path) -> None:
     so that the two parts do not have to cancel again in whatever type the LoRA is loaded in. A model with ordinary LoRA
     adapters is saved as it is. ``modules_to_save`` go with it, in full.
 
+    Where an engine has sharded the adapters over processes (FSDP2, ZeRO-3), every process has to call this; the first
+    one writes. Of whole adapters (one process, DDP, ZeRO-2) each call writes.
+
     Files: ``adapter_config.json`` and ``adapter_model.safetensors``. The exported model equals the trained one within
     the rounding of its type; in the residual form, that of W_res comes on top.
     """
     if not isinstance(peft_model, peft.PeftModel):
         raise TypeError(f"peft_model: expected a peft.PeftModel, found {type(peft_model).__name__}")
     directory = Path(directory)
+    reshard(peft_model)
     layers = {name: m for name, m in peft_model.named_modules() if form_of(m)}
     if not layers:
-        peft_model.save_pretrained(directory)
+        with whole(p for p in peft_model.parameters() if p.requires_grad):
+            state = {name: full(p) for name, p in peft_model.named_parameters() if p.requires_grad}
+            if not sharded(peft_model):
+                peft_model.save_pretrained(directory)
+            elif first_process():
+                peft_model.save_pretrained(directory, state_dict=state)
         return
     if peft_model.active_adapters != [ADAPTER]:
         raise ValueError(
@@ -394,16 +416,22 @@ def export_lora(peft_model: peft.PeftModel, directory: str | Path) -> None:
         )
     tensors = {}
     for name, layer in layers.items():
-        if not all(p.isfinite().all() for p in (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)):
+        with whole([layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]):
+            left, right = factors(layer, ADAPTER)
+        if not (left.isfinite().all() and right.isfinite().all()):
             raise ValueError(f"peft_model: expected finite adapters, found NaN or an infinity at {name}")
-        a, b = _balanced(*factors(layer, ADAPTER))
+        a, b = _balanced(left, right)
         dtype = layer.lora_A[ADAPTER].weight.dtype
         tensors[f"{name}.lora_A.weight"] = a.to(dtype).cpu().contiguous()
         tensors[f"{name}.lora_B.weight"] = b.to(dtype).cpu().contiguous()
     for name, m in peft_model.named_modules():
         if isinstance(m, ModulesToSaveWrapper):
-            for key, tensor in m.modules_to_save[ADAPTER].state_dict().items():
-                tensors[f"{name}.{key}"] = tensor.cpu().clone()
+            saved = m.modules_to_save[ADAPTER]
+            with whole(saved.parameters()):
+                for key, tensor in saved.state_dict().items():
+                    tensors[f"{name}.{key}"] = full(tensor).cpu().clone()
+    if sharded(peft_model) and not first_process():
+        return
     fields = peft_model.peft_config[ADAPTER].to_dict()
     ranks = {pattern: 2 * rank for pattern, rank in (fields["rank_pattern"] or {}).items()}
     fields.update(

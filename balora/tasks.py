@@ -18,6 +18,7 @@ from transformers import (
 
 from . import classification, data, metrics, seq2seq
 from .pissa import head_modules
+from .sharding import first_process
 from .tokenized import Tokenized
 
 CUT = 512  # tokens, where the user names no max_length
@@ -51,11 +52,11 @@ def language_model(run: Any, tokenizer: Any) -> Task:
     rows = data.read(run.data, run.data_split)
     eval_rows = data.read(run.eval_data, run.eval_split, usual="test") if run.eval_data else None
     train = data.tokenize(rows, tokenizer, length, rows.name)
-    _say("train: ", train)
+    _summarize("train: ", train)
     evaluation = None
     if eval_rows:
         evaluation = data.tokenize(eval_rows, tokenizer, length, eval_rows.name)
-        _say("eval:  ", evaluation)
+        _summarize("eval:  ", evaluation)
 
     def load() -> tuple[Any, list[str]]:
         model, _ = _from_pretrained(AutoModelForCausalLM, run, "a causal language model")
@@ -69,12 +70,12 @@ def encoder_decoder(run: Any, tokenizer: Any) -> Task:
     length = _max_length(run, tokenizer)
     rows = seq2seq.read(run.data, run.data_split)
     train = seq2seq.tokenize(rows.pairs, tokenizer, length, str(run.data))
-    _say("train: ", train)
+    _summarize("train: ", train)
     evaluation = None
     if run.eval_data:
         eval_rows = seq2seq.read(run.eval_data, run.eval_split, usual="test", training=rows)
         evaluation = seq2seq.tokenize(eval_rows.pairs, tokenizer, length, str(run.eval_data))
-        _say("eval:  ", evaluation)
+        _summarize("eval:  ", evaluation)
 
     def load() -> tuple[Any, list[str]]:
         model, _ = _from_pretrained(AutoModelForSeq2SeqLM, run, "an encoder-decoder")
@@ -99,15 +100,15 @@ def classifier(run: Any, tokenizer: Any) -> Task:
     rows = _in_order_of(config, classification.read(run.data, run.data_split))
     train = classification.tokenize(rows, tokenizer, length, str(run.data))
     about = {"Training data": rows.summary()}
-    print(f"train: {rows.summary()}", flush=True)
-    _say("train: ", train)
+    say(f"train: {rows.summary()}")
+    _summarize("train: ", train)
     evaluation = None
     if run.eval_data:
         eval_rows = classification.read(run.eval_data, run.eval_split, usual="test", training=rows)
         evaluation = classification.tokenize(eval_rows, tokenizer, length, str(run.eval_data))
         about["Evaluation data"] = eval_rows.summary()
-        print(f"eval:  {eval_rows.summary()}", flush=True)
-        _say("eval:  ", evaluation)
+        say(f"eval:  {eval_rows.summary()}")
+        _summarize("eval:  ", evaluation)
     return Task(
         train,
         evaluation,
@@ -150,7 +151,7 @@ def _load_classifier(run: Any, tokenizer: Any, names: list[str] | None) -> tuple
         )
     fresh = list(dict.fromkeys(name.rpartition(".")[0] for name in lacking))
     if fresh or mismatched or info["missing_keys"]:
-        print(f"model: the checkpoint has no {', '.join([*fresh, *head])}; fresh ones are trained in full", flush=True)
+        say(f"model: the checkpoint has no {', '.join([*fresh, *head])}; fresh ones are trained in full")
     if model.config.pad_token_id is None:  # decoders look for the last token that is none
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, [*fresh, *head]
@@ -170,6 +171,12 @@ def _from_pretrained(auto: Any, run: Any, expected: str, **options: Any) -> tupl
         raise ValueError(f"model: expected {expected} at {run.model}; {error}") from error
 
 
+def say(text: str) -> None:
+    """Print it, once of several processes."""
+    if first_process():
+        print(text, flush=True)
+
+
 def _max_length(run: Any, tokenizer: Any) -> int:
     return run.max_length if run.max_length is not None else min(CUT, tokenizer.model_max_length)
 
@@ -179,7 +186,7 @@ def _first(logits: Any) -> Any:
     return logits[0] if isinstance(logits, tuple) else logits
 
 
-def _say(what: str, rows: Tokenized) -> None:
-    print(what + rows.summary(), flush=True)
+def _summarize(what: str, rows: Tokenized) -> None:
+    say(what + rows.summary())
     for warning in rows.warnings():
-        print(f"{what}warning: {warning}", flush=True)
+        say(f"{what}warning: {warning}")

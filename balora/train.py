@@ -25,6 +25,7 @@ from .adapters import FROZEN, checkpoint_form
 from .config import BALoraConfig
 from .modeling import attach, attachment
 from .pissa import export_lora, get_pissa_model, principal_errors
+from .sharding import numel, sharded
 from .targets import default_targets
 from .tokenized import Tokenized
 from .trainer import BALoraTrainer
@@ -159,9 +160,9 @@ def setup(
         _check_adapters(model, run.form if run.adapter == "pissa" else None, checkpoint)
     attach(model, config)
     start = principal_errors(model).summary if run.adapter == "pissa" else {"lora": "LoRA", "dora": "DoRA"}[run.adapter]
-    print(start, flush=True)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"model: {trained:,} trained parameters of {sum(p.numel() for p in model.parameters()):,}", flush=True)
+    tasks.say(start)
+    trained = sum(numel(p) for p in model.parameters() if p.requires_grad)
+    tasks.say(f"model: {trained:,} trained parameters of {sum(map(numel, model.parameters())):,}")
 
     training.dataloader_pin_memory = training.dataloader_pin_memory and torch.accelerator.is_available()
     trainer = BALoraTrainer(
@@ -174,6 +175,9 @@ def setup(
         compute_metrics=task.compute_metrics,
         preprocess_logits_for_metrics=task.predictions,
     )
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError(f"fsdp_state_dict_type: expected FULL_STATE_DICT, found {plugin.state_dict_type}")
     about = {"Model": run.model}
     for name, source, rows in (("Training", run.data, task.train), ("Evaluation", run.eval_data, task.evaluation)):
         words = "; ".join(filter(None, [task.about.get(f"{name} data"), rows.summary()])) if rows else ""
@@ -181,7 +185,7 @@ def setup(
     form = f", {run.form} form" if run.adapter == "pissa" else ""
     about["Adapters"] = f"{start}{form}, r = {run.r}, alpha = {run.lora_alpha:g}"
     _add_report(trainer, about, recipe)
-    if recipe is not None:
+    if recipe is not None and training.should_save:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)
         kept = {name: value for name, value in recipe.items() if not name.endswith("_token")}  # no secret in a file
         text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
@@ -229,14 +233,15 @@ def train(trainer: BALoraTrainer, checkpoint: str | None) -> Path:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     folder = Path(str(trainer.args.output_dir)) / LORA
-    if trainer.args.should_save:
-        model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.args.should_save or sharded(model):
         export_lora(model, folder)
-        how = "load it with peft.PeftModel.from_pretrained"
-        if attachment(model)[1].config.task == "nlu":
+    how = "load it with peft.PeftModel.from_pretrained"
+    if attachment(model)[1].config.task == "nlu":
+        if trainer.args.should_save:
             model.config.save_pretrained(folder)  # the classes, and their names
-            how += " on AutoModelForSequenceClassification with the config.json that lies there"
-        print(f"LoRA:  {folder} ({how}; the checkpoints are for resuming only)")
+        how += " on AutoModelForSequenceClassification with the config.json that lies there"
+    tasks.say(f"LoRA:  {folder} ({how}; the checkpoints are for resuming only)")
     if trainer.report is not None and trainer.report.written:
         print(f"report: {trainer.report.path}", flush=True)
     return folder
@@ -246,7 +251,7 @@ def _add_report(trainer: BALoraTrainer, about: dict[str, str], recipe: dict[str,
     try:
         report = _import("report")
     except ImportError as error:
-        print(f"report: none of this run; {error}", flush=True)
+        tasks.say(f"report: none of this run; {error}")
         return
     folder = Path(str(trainer.args.output_dir))
     about = {**about, "Output folder": str(folder)}
@@ -277,10 +282,10 @@ def _checkpoint(training: TrainingArguments) -> str | None:
         return str(asked)
     for path in found:
         if _complete(path):
-            print(f"resume: from {path}", flush=True)
+            tasks.say(f"resume: from {path}")
             return str(path)
-        print(f"resume: {path} is incomplete (the run ended while it was written), looking further back", flush=True)
-    print(f"resume: no complete checkpoint in {folder}, starting from the beginning", flush=True)
+        tasks.say(f"resume: {path} is incomplete (the run ended while it was written), looking further back")
+    tasks.say(f"resume: no complete checkpoint in {folder}, starting from the beginning")
     return None
 
 
@@ -333,7 +338,9 @@ def _complete(path: Path) -> bool:
         json.loads((path / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
-    return all((path / name).is_file() for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt"))
+    # One process and DDP; FSDP; ZeRO, which has its scheduler in there.
+    optimizer = (path / "optimizer.pt", path / "optimizer.bin", path / "latest")
+    return (path / "adapter_model.safetensors").is_file() and any(file.is_file() for file in optimizer)
 
 
 def _check_vocabulary(model: str, sets: list[Tokenized]) -> None:

@@ -66,8 +66,7 @@ class BALoraCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         _last(model)  # before the weights change
-        sharded = args.deepspeed or args.fsdp  # there a gradient may lie elsewhere
-        if self._checked or sharded:
+        if self._checked or args.deepspeed_plugin is not None:  # whose engine keeps the gradients elsewhere
             return
         self._checked = True
         idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

@@ -330,15 +330,37 @@ def test_the_linear_part_is_one_map():
     torch.testing.assert_close(head.gram.factor @ head.gram.factor.T, whole.T @ whole, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_gram_matrix_outlives_a_weight_that_is_gathered_into_other_memory(monkeypatch, dtype):
+    """As FSDP and ZeRO-3 do in every step: same numbers, same version, elsewhere. Other numbers are seen."""
+    computed = []
+    exact = spectral.gram
+    monkeypatch.setattr(spectral, "gram", lambda rows: computed.append(1) or exact(rows))
+    weight = torch.nn.Parameter(torch.randn(50, 8, dtype=dtype), requires_grad=False)
+    head = F.LinearHead(weight)
+    first = head.gram
+    kept = weight.data
+    weight.data = kept.clone()
+    assert head.gram is first
+    assert head.replaced(torch.nn.Parameter(kept.clone(), requires_grad=False)).gram.gram is first.gram
+    assert len(computed) == 1
+    swapped = kept.clone()
+    swapped[[3, 4]] = kept[[4, 3]]  # the same numbers in other rows
+    swapped[3, 0], swapped[3, 1] = kept[4, 1], kept[4, 0]
+    weight.data = swapped
+    torch.testing.assert_close(head.gram.gram, swapped.to(first.gram.dtype).T @ swapped.to(first.gram.dtype))
+    assert len(computed) == 2
+
+
 def test_the_gram_matrix_is_kept_until_a_tensor_changes():
     lora = (torch.randn(2, 4), torch.zeros(20, 2), 1.0)
     head = LinearHead(torch.randn(20, 4), bias=torch.randn(20), lora=lora)
     before = head.gram
-    of_weight = head._weight_gram[1]
+    of_weight = head._weight_gram.gram
     assert head.gram is before
     lora[1].add_(1)  # an adapter that is trained does not cost the weight's part again
     assert head.gram is not before
-    assert head._weight_gram[1] is of_weight
+    assert head._weight_gram.gram is of_weight
     head.weight.mul_(2)
     torch.testing.assert_close(head.gram.gram[:4, :4], 4 * before.gram[:4, :4])
 

@@ -57,7 +57,8 @@ MAY_IMPORT = {
         "balora.streaming",
     },
     "principal": {"torch", "balora.functional"},
-    "adapters": {"torch", "peft", "safetensors"},
+    "adapters": {"torch", "peft", "safetensors", "balora.sharding"},
+    "sharding": {"torch", "transformers", "deepspeed"},
     "targets": {"torch", "transformers"},
     "pissa": {
         "torch",
@@ -67,6 +68,7 @@ MAY_IMPORT = {
         "balora.adapters",
         "balora.checks",
         "balora.principal",
+        "balora.sharding",
         "balora.targets",
     },
     "output_layer": {
@@ -86,6 +88,7 @@ MAY_IMPORT = {
         "balora.functional",
         "balora.output_layer",
         "balora.pissa",
+        "balora.sharding",
     },
     "encoder_decoder": {
         "torch",
@@ -107,6 +110,7 @@ MAY_IMPORT = {
         "balora.functional",
         "balora.output_layer",
         "balora.sequence_classifier",
+        "balora.sharding",
     },
     "sources": {"datasets"},
     "tokenized": {"numpy", "balora.functional"},
@@ -121,6 +125,7 @@ MAY_IMPORT = {
         "balora.metrics",
         "balora.pissa",
         "balora.seq2seq",
+        "balora.sharding",
         "balora.tokenized",
     },
     "probe": {
@@ -145,6 +150,7 @@ MAY_IMPORT = {
         "balora.modeling",
         "balora.page",
         "balora.probe",
+        "balora.sharding",
     },
     "trainer": {"torch", "transformers", "balora.functional", "balora.modeling"},
     "train": {
@@ -156,6 +162,7 @@ MAY_IMPORT = {
         "balora.config",
         "balora.modeling",
         "balora.pissa",
+        "balora.sharding",
         "balora.targets",
         "balora.tasks",
         "balora.tokenized",
