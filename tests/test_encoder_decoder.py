@@ -228,13 +228,13 @@ def test_student_and_teacher_start_as_the_same_bits(name, form):
     assert model.balora_last.consistency.item() == 0.0
 
 
-@pytest.mark.parametrize("name", ["t5-v1.1", "umt5"])
-def test_layers_that_stay_in_float32(name, tmp_path):
-    """T5's wo, which transformers keeps in float32 when it loads the model in half precision."""
-    tiny_encoder_decoder(name).save_pretrained(tmp_path)
+def test_layers_that_stay_in_float32(tmp_path):
+    """T5's wo, which transformers keeps in float32 when it loads the model in float16."""
+    tiny_encoder_decoder("t5-v1.1").save_pretrained(tmp_path)
     base = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float16)
-    kept = base.get_submodule("decoder.block.0.layer.2.DenseReluDense.wo").weight.dtype
-    model = balora.get_pissa_model(base.to(torch.bfloat16) if kept == torch.float16 else base, r=4)
+    wo = base.get_submodule("decoder.block.0.layer.2.DenseReluDense.wo").weight
+    assert (wo.dtype, base.lm_head.weight.dtype) == (torch.float32, torch.float16)
+    model = balora.get_pissa_model(base, r=4)
     attach(model)
     model(**batch()).loss.backward()
     assert model.balora_last.consistency.item() == 0.0

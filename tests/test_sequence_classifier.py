@@ -474,7 +474,7 @@ def test_what_the_objective_is_not_defined_for():
 
 
 class Rows(torch.utils.data.Dataset):
-    """Eight rows; a Trainer draws them in order."""
+    """Eight rows."""
 
     def __init__(self, labels=3):
         self.inputs = batch(rows=8, labels=labels)
@@ -484,6 +484,13 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, at):
         return {name: tensor[at] for name, tensor in self.inputs.items()}
+
+
+class InOrder(balora.trainer.BALoraTrainer):
+    """Draws the rows as they come."""
+
+    def _get_train_sampler(self, *_):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 @pytest.mark.parametrize("labels", [3, 1])
@@ -509,9 +516,8 @@ def test_accumulated_gradients_are_those_of_one_batch(name, labels, tmp_path):
             save_strategy="no",
             use_cpu=True,
             disable_tqdm=True,
-            train_sampling_strategy="sequential",
         )
-        trainer = balora.trainer.BALoraTrainer(model=model, args=arguments, train_dataset=Rows(labels))
+        trainer = InOrder(model=model, args=arguments, train_dataset=Rows(labels))
         trainer.train()
         metrics = trainer.evaluate(Rows(labels))
         logged = [
