@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
+from . import four_bit
+from .adapters import RESIDUAL_BASE, form_of
 from .config import BALoraConfig
 from .functional import IGNORE_INDEX, BALoraOutput, linear_objective, logits_objective
 from .output_layer import Heads, decoder_of, difference, heads_of
@@ -97,6 +99,9 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
         raise ValueError(f"peft_model: {type(base).__name__} has no output embedding; expected a causal language model")
     if config.task == "nlu" and not type(base).__name__.endswith("ForSequenceClassification"):
         raise ValueError(f"config: task='nlu' expects a sequence classifier, found {type(base).__name__}")
+    if getattr(base.config, RESIDUAL_BASE, None) and not any(form_of(m) == "residual" for m in base.modules()):
+        raise ValueError("peft_model: its base is W_res of balora.quantize; load both with balora.load_quantized")
+    four_bit.prepare(base)
     heads = None if config.task == "nlu" else _known_heads(peft_model)
     base._balora = Attachment(config, heads, base.__dict__.get("forward"))
     base.balora_last = None

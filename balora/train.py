@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from . import _import, data
-from .adapters import FROZEN, checkpoint_form
+from . import _import, data, quantized
+from .adapters import FROZEN, RESIDUAL_BASE, checkpoint_form
 from .config import BALoraConfig
 from .modeling import attach
 from .pissa import export_lora, get_pissa_model, principal_errors
-from .targets import default_targets
+from .targets import as_named, default_targets
 from .trainer import BALoraTrainer
 
 
@@ -74,6 +73,13 @@ class RunArguments:
         default="auto",
         metadata={"help": "type of the base weights: auto (the checkpoint's), float32, bfloat16 or float16"},
     )
+    quantize: str | None = field(
+        default=None,
+        metadata={
+            "help": "nf4: load the base in 4 bits (bitsandbytes), for the offset form; the residual form takes a "
+            "folder of `balora quantize` as its model"
+        },
+    )
     max_length: int = field(default=512, metadata={"help": "rows are cut to this many tokens"})
 
 
@@ -87,6 +93,7 @@ TRAINING_DEFAULTS = {
 }
 RECIPE = "recipe.yaml"
 LORA = "lora"
+LORA_PRETRAINED = "lora_pretrained"
 REPORT = "report.html"
 
 
@@ -100,8 +107,11 @@ def setup(
     Raises:
         ValueError, TypeError, OSError: something does not fit; nothing has been trained or overwritten then.
     """
+    run = quantized.settled(run, recipe)
     if run.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, found {run.dtype!r}")
+    if run.quantize not in (None, "nf4"):
+        raise ValueError(f"quantize: expected nf4 or none, found {run.quantize!r}")
     if run.max_length < 2:
         raise ValueError(f"max_length: expected at least 2 tokens, found {run.max_length}")
     if not 0 <= run.lora_dropout < 1:
@@ -141,7 +151,8 @@ def setup(
     _check_vocabulary(run.model, [train_set, *([eval_set] if eval_set else [])])
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(run.model, dtype=run.dtype)
+        options = quantized.load_options(run.model, run.quantize, run.dtype)
+        model = AutoModelForCausalLM.from_pretrained(run.model, dtype=run.dtype, **options)
     except Exception as error:  # the readers of weights raise types of their own
         raise ValueError(f"model: expected a causal language model at {run.model}; {error}") from error
     model = _adapted(model, run)
@@ -150,8 +161,7 @@ def setup(
     attach(model, config)
     start = principal_errors(model).summary if run.adapter == "pissa" else {"lora": "LoRA", "dora": "DoRA"}[run.adapter]
     print(start, flush=True)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"model: {trained:,} trained parameters of {sum(p.numel() for p in model.parameters()):,}", flush=True)
+    print("model: {:,} trained parameters of {:,}".format(*model.get_nb_trainable_parameters()), flush=True)
 
     training.dataloader_pin_memory = training.dataloader_pin_memory and torch.accelerator.is_available()
     trainer = BALoraTrainer(
@@ -176,9 +186,9 @@ def setup(
 
 
 def _adapted(model: Any, run: RunArguments) -> peft.PeftModel:
-    targets: list[str] | str | None = run.target_modules
-    if targets and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
-        targets = targets[0]  # all-linear, or a pattern
+    if quantized.is_prepared(run.model):
+        return quantized.with_initial_adapter(model, run.model)
+    targets = as_named(run.target_modules)
     options: dict[str, Any] = dict(
         r=run.r,
         lora_alpha=run.lora_alpha,
@@ -212,8 +222,13 @@ def train(trainer: BALoraTrainer, checkpoint: str | None) -> Path:
         trainer.save_metrics("eval", metrics)
     folder = Path(str(trainer.args.output_dir)) / LORA
     if trainer.args.should_save:
-        export_lora(trainer.accelerator.unwrap_model(trainer.model), folder)
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        made_of = getattr(model.get_base_model().config, RESIDUAL_BASE, None)
+        export_lora(model, folder, "residual" if made_of else "pretrained")
         print(f"LoRA:  {folder} (load it with peft.PeftModel.from_pretrained; the checkpoints are for resuming only)")
+        if made_of:
+            export_lora(model, folder.with_name(LORA_PRETRAINED))
+            print(f"       {folder.with_name(LORA_PRETRAINED)}: the same for {made_of['base_model']} in full precision")
     if trainer.report is not None and trainer.report.written:
         print(f"report: {trainer.report.path}", flush=True)
     return folder
