@@ -88,7 +88,7 @@ def quantization_error(
     """
     found = []
     for w in (weight, residual):
-        lost = (w - nf4(w, double_quant)).float()
+        lost = w.float() - nf4(w, double_quant).float()
         found.append((lost.norm().item(), torch.linalg.svdvals(lost).sum().item()))
     whole, whole_nuclear = weight.float().norm().item(), torch.linalg.svdvals(weight.float()).sum().item()
     (plain, plain_nuclear), (rest, rest_nuclear) = found
