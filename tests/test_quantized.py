@@ -21,6 +21,9 @@ from .architectures import tiny
 from .conftest import ALL_TERMS, TEMPLATE, batch, tiny_checkpoint, tiny_tokenizer, train_a_little
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="transformers loads 4-bit models onto the GPU: tests/gpu/test_quantized.py"
+)
 
 WIDE = dict(hidden_size=64, intermediate_size=128)  # rows of whole blocks of 64: others the CPU computes wrongly
 R, ALPHA = 8, 12
