@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from . import dispatch, functional
 from .config import BALoraConfig
 from .dispatch import info
+from .four_bit import without_hub_kernels
 from .functional import BALoraOutput, LinearHead
 
 if TYPE_CHECKING:
     from .modeling import attach, detach, set_progress
     from .pissa import export_lora, get_pissa_model, teacher
+    from .quantized import load_quantized, quantize
 
 __version__ = "0.1.0"
 
@@ -28,6 +30,8 @@ __all__ = [
     "functional",
     "get_pissa_model",
     "info",
+    "load_quantized",
+    "quantize",
     "set_progress",
     "teacher",
 ]
@@ -41,6 +45,8 @@ _LAZY = {
     "export_lora": "pissa",
     "get_pissa_model": "pissa",
     "teacher": "pissa",
+    "load_quantized": "quantized",
+    "quantize": "quantized",
     "report": None,
     "train": None,
     "trainer": None,
@@ -57,6 +63,7 @@ def __getattr__(name: str) -> Any:
 
 def _import(module: str) -> Any:
     """The module of balora of that name; where a package that it needs is missing, the command that installs it."""
+    without_hub_kernels()
     try:
         return importlib.import_module(f".{module}", __name__)
     except ModuleNotFoundError as error:

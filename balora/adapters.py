@@ -19,9 +19,12 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from .four_bit import dequantized, is_4bit
 from .sharding import full
 
 ADAPTER = "default"
+# The attribute of a model's configuration that says: the weights are W_res, and the adapter lies in this folder beside.
+RESIDUAL_BASE = "pissa_residual"
 # form: the names of the layer's modules that hold A₀ and B₀
 FROZEN = {"offset": ("lora_offset_A", "lora_offset_B"), "residual": ("lora_initial_A", "lora_initial_B")}
 
@@ -165,10 +168,16 @@ def change(module: LoraLayer, adapter: str) -> Tensor:
     return left @ right
 
 
+def base_weight(module: LoraLayer) -> Tensor:
+    """The weight [out, in] under the adapter: as it is stored, or dequantized."""
+    base = module.get_base_layer()
+    weight = dequantized(base) if is_4bit(base) else base.weight.detach()
+    return weight.T if module.fan_in_fan_out else weight
+
+
 def pretrained_weight(module: LoraLayer, adapter: str) -> Tensor:
-    """W [out, in] before it was adapted: as it is stored, or W_res + s·B₀A₀ in float64."""
-    weight = module.get_base_layer().weight.detach()
-    weight = weight.T if module.fan_in_fan_out else weight
+    """W [out, in] before it was adapted: as it is stored (dequantized), or W_res + s·B₀A₀ in float64."""
+    weight = base_weight(module)
     if form_of(module) != "residual":
         return weight
     return weight.double() + _initial(module, *frozen(module, adapter)).to(weight.device)
@@ -220,6 +229,13 @@ def _before_load(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) ->
         raise ValueError(f"adapter_name: expected {ADAPTER!r}, the one PiSSA adapter of {layer}, found another name")
     if not found and any(key.startswith(f"{prefix}lora_A.{ADAPTER}.") for key in state):
         raise ValueError(f"checkpoint: expected PiSSA adapters of the {form} form, found an ordinary LoRA at {layer}")
+    if form == "residual" and found and is_4bit(module.get_base_layer()):
+        saved = (state[f"{prefix}{name}.{ADAPTER}"] for name in FROZEN[form])
+        if not all(torch.equal(t.to(own), own) for t, own in zip(saved, frozen(module, ADAPTER), strict=True)):
+            raise ValueError(
+                f"checkpoint: expected the A₀ and B₀ that the 4-bit base was made with, found others at {layer}"
+            )
+        return
     # A state dict with the base weights brings the W_res of its own factors.
     if form == "residual" and found and not any(key.startswith(f"{prefix}base_layer.") for key in state):
         module.__dict__["_frozen_before_load"] = [t.clone() for t in frozen(module, ADAPTER)]

@@ -12,7 +12,7 @@ from . import __version__, _import, info
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``balora train …``, ``balora compare …``, ``balora info``; returns the exit status: 0, 1 where runs of a
+    """``balora train …``, ``compare …``, ``quantize …``, ``info``; returns the exit status: 0, 1 where runs of a
     comparison failed, 2 for arguments or data that do not fit, 130 for a comparison that was interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["compare-run"]:  # the process of one run of a comparison
@@ -28,12 +28,13 @@ def main(argv: list[str] | None = None) -> int:
         add_help=False,
         help="several methods and seeds, one table; `balora compare --help` lists every option",
     )
+    commands.add_parser("quantize", add_help=False, help="split a model into 4-bit weights and PiSSA adapters to train")
     commands.add_parser("info", help="versions, devices, which implementation runs, and why the others do not")
     command = parser.parse_args(argv if argv[:1] == ["info"] else argv[:1]).command
     if command == "info":
         info()
         return 0
-    return _compare(argv[1:]) if command == "compare" else _train(argv[1:])
+    return {"train": _train, "compare": _compare, "quantize": _quantize}[command](argv[1:])
 
 
 def _train(argv: list[str]) -> int:
@@ -103,6 +104,33 @@ def _compare_run(folder: str) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _quantize(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="balora quantize",
+        description="Split a causal language model into W_res = W − s·B₀A₀ in 4 bits (NF4) and PiSSA adapters in full "
+        "precision. `balora train --model OUTPUT_DIR` trains the adapters; alone the 4-bit weights are no model.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, help="folder or name of a causal language model in full precision")
+    parser.add_argument("--output_dir", required=True, help="a new or empty folder")
+    parser.add_argument("--r", type=int, default=128, help="rank of the adapters (default: 128)")
+    parser.add_argument("--lora_alpha", type=float, default=128, help="their scaling times their rank (default: 128)")
+    parser.add_argument("--target_modules", nargs="+", help="layers to adapt, or one pattern; the others are quantized")
+    parser.add_argument("--exclude_modules", nargs="+", help="layers of those to leave out")
+    parser.add_argument("--double_quant", action="store_true", help="quantize the scales of the blocks too")
+    parser.add_argument("--dtype", default="auto", help="of the adapters' start: auto (the checkpoint's), float32, …")
+    options = vars(parser.parse_args(argv))
+    try:
+        quantized = _import("quantized")
+        errors = quantized.quantize(**{name: value for name, value in options.items() if value is not None})
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        print(f"balora quantize: error: {error}", file=sys.stderr)
+        return 2
+    print(quantized.summary(errors))
+    print(f"model: {options['output_dir']} (balora train --model {options['output_dir']} …)")
     return 0
 
 

@@ -17,7 +17,8 @@ import peft
 import torch
 from torch import nn
 
-from . import causal_lm, encoder_decoder, sequence_classifier
+from . import causal_lm, encoder_decoder, four_bit, sequence_classifier
+from .adapters import RESIDUAL_BASE, form_of
 from .attachment import Attachment, attachment, by_name, find, set_progress
 from .config import BALoraConfig
 from .functional import IGNORE_INDEX
@@ -89,6 +90,8 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
             )
     check_weights_whole(peft_model)
     base = peft_model.get_base_model()
+    if getattr(base.config, RESIDUAL_BASE, None) and not any(form_of(m) == "residual" for m in base.modules()):
+        raise ValueError("peft_model: its base is W_res of balora.quantize; load both with balora.load_quantized")
     heads = None
     if config.task == "nlu":
         config = sequence_classifier.checked_config(base, config)
@@ -97,7 +100,8 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
             f"peft_model: {type(base).__name__} has no output embedding; expected a causal language model or an "
             "encoder-decoder (a classifier needs a config with task='nlu')"
         )
-    else:
+    four_bit.prepare(base)
+    if config.task == "nlg":
         heads = _known_heads(peft_model)
     base._balora = Attachment(config, heads, base.__dict__.get("forward"))
     base.balora_last = None

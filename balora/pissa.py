@@ -26,9 +26,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import principal
-from .adapters import ADAPTER, VARIANTS, factors, form_of, frozen, initial_scaling, pretrained_weight, subtract
+from . import four_bit, principal
+from .adapters import (
+    ADAPTER,
+    RESIDUAL_BASE,
+    VARIANTS,
+    base_weight,
+    factors,
+    form_of,
+    frozen,
+    initial_scaling,
+    pretrained_weight,
+    subtract,
+)
 from .checks import check_whole
+from .four_bit import is_4bit, stored_type
 from .sharding import check_weights_whole, first_process, full, partitioned, reshard, sharded, whole
 from .targets import LINEAR, check_hits, checked_targets, default_targets, fused_error
 
@@ -71,11 +83,15 @@ def get_pissa_model(
     of the least that rank r allows (measured: small Llamas, random weights without decay). Nothing is left to chance:
     the same call gives the same bits on the same machine, another ``batch_bytes`` the same s·B₀A₀ up to rounding.
 
+    On a base in 4 bits (bitsandbytes, loaded by transformers) W is the dequantized weight, and its type the one that it
+    was quantized from, in which A₀ and B₀ are rounded. The form "offset" leaves such a base as it is; for the form
+    "residual" see ``quantize``. peft's merging quantizes the sum anew, and unmerging does not give W back.
+
     A model of the residual form lives from its adapters: what takes them away (peft's ``disable_adapter``, ``unload``,
     another active adapter) leaves W_res alone, which is no model.
 
     Args:
-        model: a transformers model in float32, bfloat16, float16 or float64; it is changed in place.
+        model: a transformers model in float32, bfloat16, float16, float64 or 4 bits; it is changed in place.
         r: the rank of the adapters, at most the smaller side of every adapted layer.
         lora_alpha: s·r, above 0.
         target_modules: the layers to adapt (nn.Linear, or transformers' Conv1D), as peft takes them. None: those of
@@ -99,6 +115,8 @@ def get_pissa_model(
     if isinstance(model, peft.PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise ValueError("model: expected a model without adapters, found one that peft has wrapped already")
     check_weights_whole(model)
+    if getattr(getattr(model, "config", None), RESIDUAL_BASE, None):
+        raise ValueError("model: its weights are W_res of balora.quantize; load it with balora.load_quantized")
     check_whole("r", r)
     if not (isinstance(lora_alpha, (int, float)) and math.isfinite(lora_alpha) and lora_alpha > 0):
         raise ValueError(f"lora_alpha: expected a finite number above 0, found {lora_alpha!r}")
@@ -144,7 +162,8 @@ def get_pissa_model(
         layers = {name: m for name, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
         for name, layer in layers.items():
             with whole(layer.get_base_layer().parameters()):
-                _check_layer(name, layer)
+                _check_layer(name, layer, form)
+        four_bit.prepare(model)
         if form == "residual":
             _check_unshared(model, layers)
         _initialize(list(layers.values()), form, batch_bytes, n_iter, device)
@@ -175,16 +194,21 @@ def _initialize(
         (alone if any(map(partitioned, layer.get_base_layer().parameters())) else together).append(layer)
     with tqdm(total=len(layers), desc="PiSSA: decomposing the weights", disable=None, leave=False) as bar:
         for group in (together, *([layer] for layer in alone)):
+            ranks, scalings = [layer.r[ADAPTER] for layer in group], [layer.scaling[ADAPTER] for layer in group]
             with whole(p for layer in group for p in layer.get_base_layer().parameters()):
-                weights = [pretrained_weight(layer, ADAPTER) for layer in group]
-                ranks, scalings = [layer.r[ADAPTER] for layer in group], [layer.scaling[ADAPTER] for layer in group]
-                for batch in principal.batches(weights, ranks, batch_bytes):
-                    found = principal.factors(
-                        [weights[i] for i in batch], ranks[batch[0]], [scalings[i] for i in batch], n_iter, device
-                    )
+                for batch in principal.batches([_outline(layer) for layer in group], ranks, batch_bytes):
+                    weights = [base_weight(group[i]) for i in batch]
+                    found = principal.factors(weights, ranks[batch[0]], [scalings[i] for i in batch], n_iter, device)
                     for i, (b0, a0) in zip(batch, found, strict=True):
                         VARIANTS[form].init(group[i], ADAPTER, a0=a0, b0=b0)
                     bar.update(len(batch))
+
+
+def _outline(layer: LoraLayer) -> Tensor:
+    """A tensor of the shape, type and device of W [out, in], and without its memory: a 4-bit W is dequantized late."""
+    base = layer.get_base_layer()
+    one = torch.empty((), dtype=stored_type(base), device=base.weight.device)
+    return one.expand(layer.out_features, layer.in_features)
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:
@@ -200,14 +224,23 @@ def _device(device: torch.device | str | None) -> torch.device | None:
     return found
 
 
-def _check_layer(name: str, layer: LoraLayer) -> None:
+def _check_layer(name: str, layer: LoraLayer, form: str) -> None:
     if isinstance(layer, ParamWrapper):  # peft has rewritten the name of a linear layer
         found = f"{name}.{layer.parameter_name}"
         raise fused_error(layer.parameter_name, {found: getattr(layer.get_base_layer(), layer.parameter_name)})
     base, r = layer.get_base_layer(), layer.r[ADAPTER]
-    if not (isinstance(layer, LoraLinear) and isinstance(base, LINEAR)):
-        raise ValueError(f"target_modules: expected linear layers, found {type(base).__name__} at {name}")
-    if not base.weight.is_floating_point() or base.weight.dtype.itemsize < 2:
+    quantized = is_4bit(base) and not isinstance(layer, LoraLinear)  # peft asks transformers' is_loaded_in_4bit
+    if not ((isinstance(layer, LoraLinear) or quantized) and isinstance(base, LINEAR)):
+        raise ValueError(
+            f"target_modules: expected linear layers of floating-point or 4-bit weights, found {type(base).__name__} "
+            f"at {name}"
+        )
+    if quantized and form == "residual":
+        raise ValueError(
+            f"form: 'residual' subtracts from full-precision weights, found 4-bit ones at {name}; make its base with "
+            "balora.quantize, or use form='offset'"
+        )
+    if not quantized and (not base.weight.is_floating_point() or base.weight.dtype.itemsize < 2):
         raise ValueError(f"model: expected floating-point weights, found {base.weight.dtype} at {name}")
     if base.weight.device.type == "meta":
         if hasattr(base, "_hf_hook"):
@@ -220,9 +253,10 @@ def _check_layer(name: str, layer: LoraLayer) -> None:
         raise ValueError(
             f"lora_alpha, alpha_pattern: expected a scaling above 0, found {layer.scaling[ADAPTER]} at {name}"
         )
-    if r > min(base.weight.shape):
-        raise ValueError(f"r: expected at most {min(base.weight.shape)}, the smaller side of {name}, found {r}")
-    low, high = base.weight.detach().aminmax()  # NaN where any entry is
+    smaller = min(layer.out_features, layer.in_features)
+    if r > smaller:
+        raise ValueError(f"r: expected at most {smaller}, the smaller side of {name}, found {r}")
+    low, high = base_weight(layer).aminmax()  # NaN where any entry is
     if not (low.isfinite() and high.isfinite()):
         raise ValueError(f"model: expected finite weights, found NaN or an infinity at {name}")
 
@@ -383,7 +417,7 @@ def principal_errors(
     return PrincipalErrors(found, len(layers))
 
 
-def export_lora(peft_model: peft.PeftModel, directory: str | Path) -> None:
+def export_lora(peft_model: peft.PeftModel, directory: str | Path, onto: str = "pretrained") -> None:
     """Write the trained adapters as a plain PEFT LoRA that loads without balora, onto the unchanged base model.
 
     s·(BA − B₀A₀) has rank 2r at most. It is refactored in float64 into balanced factors B'A' of rank 2r (alpha = 2r),
@@ -395,12 +429,24 @@ def export_lora(peft_model: peft.PeftModel, directory: str | Path) -> None:
 
     Files: ``adapter_config.json`` and ``adapter_model.safetensors``. The exported model equals the trained one within
     the rounding of its type; in the residual form, that of W_res comes on top.
+
+    A model of ``load_quantized`` can be exported in two ways. Onto "pretrained", the full-precision model that it was
+    made of: then nothing of the trained model is missing but the error of the 4-bit weights, which its training saw.
+    Onto "residual", its own 4-bit weights: A and B as they are, of rank r, the trained model up to peft's rounding.
+
+    Raises:
+        ValueError: another adapter is active, a factor is not finite, or onto="residual" has no such base.
     """
+    if onto not in ("pretrained", "residual"):
+        raise ValueError(f"onto: expected 'pretrained' or 'residual', found {onto!r}")
     if not isinstance(peft_model, peft.PeftModel):
         raise TypeError(f"peft_model: expected a peft.PeftModel, found {type(peft_model).__name__}")
     directory = Path(directory)
     reshard(peft_model)
     layers = {name: m for name, m in peft_model.named_modules() if form_of(m)}
+    made_of = getattr(peft_model.get_base_model().config, RESIDUAL_BASE, None)
+    if onto == "residual" and not (layers and made_of):
+        raise ValueError("onto: 'residual' expects a model of balora.load_quantized; no other W_res is kept in a file")
     if not layers:
         with whole(p for p in peft_model.parameters() if p.requires_grad):
             state = {name: full(p) for name, p in peft_model.named_parameters() if p.requires_grad}
@@ -420,8 +466,10 @@ def export_lora(peft_model: peft.PeftModel, directory: str | Path) -> None:
             left, right = factors(layer, ADAPTER)
         if not (left.isfinite().all() and right.isfinite().all()):
             raise ValueError(f"peft_model: expected finite adapters, found NaN or an infinity at {name}")
-        a, b = _balanced(left, right)
-        dtype = layer.lora_A[ADAPTER].weight.dtype
+        a, b = full(layer.lora_A[ADAPTER].weight), full(layer.lora_B[ADAPTER].weight)
+        dtype = a.dtype
+        if onto == "pretrained":
+            a, b = _balanced(left, right)
         tensors[f"{name}.lora_A.weight"] = a.to(dtype).cpu().contiguous()
         tensors[f"{name}.lora_B.weight"] = b.to(dtype).cpu().contiguous()
     for name, m in peft_model.named_modules():
@@ -433,16 +481,18 @@ def export_lora(peft_model: peft.PeftModel, directory: str | Path) -> None:
     if sharded(peft_model) and not first_process():
         return
     fields = peft_model.peft_config[ADAPTER].to_dict()
-    ranks = {pattern: 2 * rank for pattern, rank in (fields["rank_pattern"] or {}).items()}
-    fields.update(
-        r=2 * fields["r"],
-        lora_alpha=2 * fields["r"],  # alpha = r everywhere: the scaling is in the factors
-        rank_pattern=ranks,
-        alpha_pattern=ranks,
-        use_rslora=False,
-        init_lora_weights=True,
-        inference_mode=True,
-    )
+    fields.update(init_lora_weights=True, inference_mode=True)
+    if onto == "pretrained":
+        ranks = {pattern: 2 * rank for pattern, rank in (fields["rank_pattern"] or {}).items()}
+        fields.update(
+            r=2 * fields["r"],
+            lora_alpha=2 * fields["r"],  # alpha = r everywhere: the scaling is in the factors
+            rank_pattern=ranks,
+            alpha_pattern=ranks,
+            use_rslora=False,
+        )
+        if made_of:
+            fields["base_model_name_or_path"] = made_of["base_model"]
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     peft.LoraConfig(**fields).save_pretrained(directory)

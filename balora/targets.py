@@ -95,6 +95,13 @@ def checked_targets(model: nn.Module, targets: list[str] | str, excluded: list[s
     return _shortest(model, linear) if isinstance(targets, str) and linear else targets
 
 
+def as_named(targets: list[str] | str | None) -> list[str] | str | None:
+    """target_modules of the command line, always a list there: "all-linear" or a pattern alone is a string to peft."""
+    if isinstance(targets, list) and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
+        return targets[0]
+    return targets
+
+
 def check_hits(model: nn.Module, argument: str, names: list[str] | str | None) -> None:
     """Raise for a name that no module has: it is a slip, and peft passes over it."""
     modules = [name for name, _ in model.named_modules()]

@@ -16,7 +16,7 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
-from . import classification, data, metrics, seq2seq
+from . import classification, data, metrics, quantized, seq2seq
 from .pissa import head_modules
 from .sharding import first_process
 from .tokenized import Tokenized
@@ -39,11 +39,12 @@ class Task:
 
 def find(run: Any, kind: str, tokenizer: Any) -> Task:
     """The task of a run: ``kind`` is nlg or nlu, the model says the rest."""
-    if kind == "nlu":
-        return classifier(run, tokenizer)
-    if AutoConfig.from_pretrained(run.model).is_encoder_decoder:
-        return encoder_decoder(run, tokenizer)
-    return language_model(run, tokenizer)
+    causal = kind == "nlg" and not AutoConfig.from_pretrained(run.model).is_encoder_decoder
+    if run.quantize is not None and not causal:
+        raise ValueError(f"quantize: expected none for models that are no causal language model, found {run.quantize}")
+    if causal:
+        return language_model(run, tokenizer)
+    return classifier(run, tokenizer) if kind == "nlu" else encoder_decoder(run, tokenizer)
 
 
 def language_model(run: Any, tokenizer: Any) -> Task:
@@ -59,7 +60,8 @@ def language_model(run: Any, tokenizer: Any) -> Task:
         _summarize("eval:  ", evaluation)
 
     def load() -> tuple[Any, list[str]]:
-        model, _ = _from_pretrained(AutoModelForCausalLM, run, "a causal language model")
+        options = quantized.load_options(run.model, run.quantize, run.dtype)
+        model, _ = _from_pretrained(AutoModelForCausalLM, run, "a causal language model", **options)
         return model, []
 
     return Task(train, evaluation, load, lambda model: DataCollatorForSeq2Seq(tokenizer))

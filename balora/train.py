@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,13 @@ from transformers import (
     set_seed,
 )
 
-from . import _import, tasks
-from .adapters import FROZEN, checkpoint_form
+from . import _import, quantized, tasks
+from .adapters import FROZEN, RESIDUAL_BASE, checkpoint_form
 from .config import BALoraConfig
 from .modeling import attach, attachment
 from .pissa import export_lora, get_pissa_model, principal_errors
-from .sharding import numel, sharded
-from .targets import default_targets
+from .sharding import sharded
+from .targets import as_named, default_targets
 from .tokenized import Tokenized
 from .trainer import BALoraTrainer
 
@@ -89,6 +88,13 @@ class RunArguments:
         default="auto",
         metadata={"help": "type of the base weights: auto (the checkpoint's), float32, bfloat16 or float16"},
     )
+    quantize: str | None = field(
+        default=None,
+        metadata={
+            "help": "nf4: load the base of a causal language model in 4 bits (bitsandbytes), for the offset form; the "
+            "residual form takes a folder of `balora quantize` as its model"
+        },
+    )
     max_length: int | None = field(
         default=None,
         metadata={"help": "rows are cut to this many tokens; unset: 512, or what the tokenizer's model takes if less"},
@@ -105,6 +111,7 @@ TRAINING_DEFAULTS = {
 }
 RECIPE = "recipe.yaml"
 LORA = "lora"
+LORA_PRETRAINED = "lora_pretrained"
 REPORT = "report.html"
 
 
@@ -118,8 +125,11 @@ def setup(
     Raises:
         ValueError, TypeError, OSError: something does not fit; nothing has been trained or overwritten then.
     """
+    run = quantized.settled(run, recipe)
     if run.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, found {run.dtype!r}")
+    if run.quantize not in (None, "nf4"):
+        raise ValueError(f"quantize: expected nf4 or none, found {run.quantize!r}")
     if run.max_length is not None and run.max_length < 2:
         raise ValueError(f"max_length: expected at least 2 tokens, found {run.max_length}")
     if not 0 <= run.lora_dropout < 1:
@@ -161,8 +171,8 @@ def setup(
     attach(model, config)
     start = principal_errors(model).summary if run.adapter == "pissa" else {"lora": "LoRA", "dora": "DoRA"}[run.adapter]
     tasks.say(start)
-    trained = sum(numel(p) for p in model.parameters() if p.requires_grad)
-    tasks.say(f"model: {trained:,} trained parameters of {sum(map(numel, model.parameters())):,}")
+    trained, total = model.get_nb_trainable_parameters()  # of packed and of partitioned weights too
+    tasks.say(f"model: {trained:,} trained parameters of {total:,}")
 
     training.dataloader_pin_memory = training.dataloader_pin_memory and torch.accelerator.is_available()
     trainer = BALoraTrainer(
@@ -194,9 +204,9 @@ def setup(
 
 
 def _adapted(model: Any, run: RunArguments, trained_in_full: list[str]) -> peft.PeftModel:
-    targets: list[str] | str | None = run.target_modules
-    if targets and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
-        targets = targets[0]  # all-linear, or a pattern
+    if quantized.is_prepared(run.model):
+        return quantized.with_initial_adapter(model, run.model)
+    targets = as_named(run.target_modules)
     options: dict[str, Any] = dict(
         r=run.r,
         lora_alpha=run.lora_alpha,
@@ -233,15 +243,20 @@ def train(trainer: BALoraTrainer, checkpoint: str | None) -> Path:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     folder = Path(str(trainer.args.output_dir)) / LORA
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    made_of = getattr(model.get_base_model().config, RESIDUAL_BASE, None)
     if trainer.args.should_save or sharded(model):
-        export_lora(model, folder)
+        export_lora(model, folder, "residual" if made_of else "pretrained")
     how = "load it with peft.PeftModel.from_pretrained"
     if attachment(model)[1].config.task == "nlu":
         if trainer.args.should_save:
             model.config.save_pretrained(folder)  # the classes, and their names
         how += " on AutoModelForSequenceClassification with the config.json that lies there"
     tasks.say(f"LoRA:  {folder} ({how}; the checkpoints are for resuming only)")
+    if made_of:
+        if trainer.args.should_save or sharded(model):
+            export_lora(model, folder.with_name(LORA_PRETRAINED))
+        tasks.say(f"       {folder.with_name(LORA_PRETRAINED)}: the same for {made_of['base_model']} in full precision")
     if trainer.report is not None and trainer.report.written:
         print(f"report: {trainer.report.path}", flush=True)
     return folder
