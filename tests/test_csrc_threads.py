@@ -41,9 +41,7 @@ def test_no_thread_races_with_another(watched):
 
 
 @needs_gxx
-@pytest.mark.parametrize(
-    ("name", "which"), [("products", 0), ("orthonormal", 2), ("jacobi", 4), ("power_iteration", 0)]
-)
+@pytest.mark.parametrize(("name", "which"), [("orthonormal", 2), ("jacobi", 4)])
 def test_a_missing_barrier_is_found(watched, tmp_path, name, which):
     _, flags, objects = watched
     text = (ROOT / "csrc" / f"{name}.cu").read_text()
