@@ -114,7 +114,7 @@ class LinearHead:
         ours, theirs = (h and (id(h[0]), id(h[1]), h[2]) for h in (self.lora, lora))
         other = LinearHead(weight, bias, self.softcap, self.scale, lora)
         frozen = not any(t is not None and t.requires_grad for t in other.tensors)
-        if weight is self.weight and bias is self.bias and ours == theirs and frozen:
+        if weight is self.weight and _same(bias, self.bias) and ours == theirs and frozen:
             return self
         if not weight.requires_grad:
             other._weight_gram = self._weight_gram
@@ -139,7 +139,7 @@ class _WeightGram:
     def __init__(self, weight: Tensor) -> None:
         self.gram = spectral.gram([weight.detach()])
         self._weight, self._version = weakref.ref(weight), _version(weight)
-        self._sums = _bit_sums(weight)
+        self._sums = None if weight.requires_grad else _bit_sums(weight)  # a trained one is not kept
 
     def fits(self, weight: Tensor) -> bool:
         """Whether it is of this weight: the same tensor, unchanged in the same memory, or else the same numbers.
@@ -149,7 +149,7 @@ class _WeightGram:
         version = _version(weight)
         if version == self._version and weight is self._weight():
             return True
-        if version[1:] != self._version[1:] or not torch.equal(_bit_sums(weight), self._sums):
+        if self._sums is None or version[1:] != self._version[1:] or not torch.equal(_bit_sums(weight), self._sums):
             return False
         self._weight, self._version = weakref.ref(weight), version
         return True
@@ -164,6 +164,11 @@ def _bit_sums(weight: Tensor) -> Tensor:
         rows.append(wide.sum(1))
         columns += wide.sum(0)
     return torch.cat([*rows, columns])
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether they are one tensor, or two views of it (BART's bias is taken out of a buffer every time)."""
+    return a is b or (a is not None and b is not None and a.shape == b.shape and _version(a) == _version(b))
 
 
 def _version(tensor: Tensor) -> tuple[Any, ...]:

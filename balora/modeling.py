@@ -90,6 +90,10 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
             )
     check_weights_whole(peft_model)
     base = peft_model.get_base_model()
+    if base.main_input_name != "input_ids" and getattr(base.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"peft_model: expected a model that reads text, {type(base).__name__} reads {base.main_input_name}"
+        )
     if getattr(base.config, RESIDUAL_BASE, None) and not any(form_of(m) == "residual" for m in base.modules()):
         raise ValueError("peft_model: its base is W_res of balora.quantize; load both with balora.load_quantized")
     heads = None

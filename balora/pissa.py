@@ -424,8 +424,8 @@ def export_lora(peft_model: peft.PeftModel, directory: str | Path, onto: str = "
     so that the two parts do not have to cancel again in whatever type the LoRA is loaded in. A model with ordinary LoRA
     adapters is saved as it is. ``modules_to_save`` go with it, in full.
 
-    Where an engine has sharded the adapters over processes (FSDP2, ZeRO-3), every process has to call this; the first
-    one writes. Of whole adapters (one process, DDP, ZeRO-2) each call writes.
+    With several processes every one calls this, and the first one writes. (Where an engine has sharded the adapters,
+    FSDP2 or ZeRO-3, they are gathered here, which takes all of them.)
 
     Files: ``adapter_config.json`` and ``adapter_model.safetensors``. The exported model equals the trained one within
     the rounding of its type; in the residual form, that of W_res comes on top.
@@ -442,6 +442,8 @@ def export_lora(peft_model: peft.PeftModel, directory: str | Path, onto: str = "
     if not isinstance(peft_model, peft.PeftModel):
         raise TypeError(f"peft_model: expected a peft.PeftModel, found {type(peft_model).__name__}")
     directory = Path(directory)
+    if not (sharded(peft_model) or first_process()):
+        return
     reshard(peft_model)
     layers = {name: m for name, m in peft_model.named_modules() if form_of(m)}
     made_of = getattr(peft_model.get_base_model().config, RESIDUAL_BASE, None)
@@ -450,10 +452,8 @@ def export_lora(peft_model: peft.PeftModel, directory: str | Path, onto: str = "
     if not layers:
         with whole(p for p in peft_model.parameters() if p.requires_grad):
             state = {name: full(p) for name, p in peft_model.named_parameters() if p.requires_grad}
-            if not sharded(peft_model):
-                peft_model.save_pretrained(directory)
-            elif first_process():
-                peft_model.save_pretrained(directory, state_dict=state)
+            if first_process():
+                peft_model.save_pretrained(directory, **({"state_dict": state} if sharded(peft_model) else {}))
         return
     if peft_model.active_adapters != [ADAPTER]:
         raise ValueError(
@@ -478,7 +478,7 @@ def export_lora(peft_model: peft.PeftModel, directory: str | Path, onto: str = "
             with whole(saved.parameters()):
                 for key, tensor in saved.state_dict().items():
                     tensors[f"{name}.{key}"] = full(tensor).cpu().clone()
-    if sharded(peft_model) and not first_process():
+    if not first_process():
         return
     fields = peft_model.peft_config[ADAPTER].to_dict()
     fields.update(init_lora_weights=True, inference_mode=True)

@@ -42,6 +42,12 @@ def checked_config(model: Any, config: BALoraConfig) -> BALoraConfig:
                 f"random: name it in modules_to_save (balora.get_pissa_model does)",
                 stacklevel=3,
             )
+    if outputs > 1 and config.lambda_diversity and config.diversity != "covariance":
+        warnings.warn(
+            f"config: task='nlu' with diversity={config.diversity!r}, which is that of generation; the published "
+            'terms of classifiers are BALoraConfig.preset("nlu_2025")',
+            stacklevel=3,
+        )
     if outputs == 1 and (config.lambda_diversity or config.lambda_svd):
         warnings.warn(
             f"{name}: a regression has one output, of which the diversity and SVD terms are not defined; they are "

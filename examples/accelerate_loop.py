@@ -35,5 +35,4 @@ for step in range(steps):
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-if accelerator.is_main_process:
-    balora.export_lora(accelerator.unwrap_model(model), out)
+balora.export_lora(accelerator.unwrap_model(model), out)

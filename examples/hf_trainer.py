@@ -25,5 +25,4 @@ arguments = TrainingArguments(
 )
 trainer = BALoraTrainer(model, arguments, DataCollatorForSeq2Seq(tokenizer), rows)
 trainer.train()
-if trainer.is_world_process_zero():
-    balora.export_lora(model, out)
+balora.export_lora(trainer.accelerator.unwrap_model(trainer.model), out)

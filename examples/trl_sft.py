@@ -33,5 +33,4 @@ arguments = SFTConfig(
 )
 trainer = MySFTTrainer(model, arguments, train_dataset=rows)
 trainer.train()
-if trainer.is_world_process_zero():
-    balora.export_lora(model, out)
+balora.export_lora(trainer.accelerator.unwrap_model(trainer.model), out)

@@ -12,7 +12,7 @@ import transformers
 from transformers.modeling_outputs import BaseModelOutput
 
 import balora
-from balora import LinearHead
+from balora import LinearHead, spectral
 from balora import functional as F
 
 from .other_architectures import ENCODER_DECODERS, VOCAB, tiny_encoder_decoder
@@ -391,3 +391,33 @@ def test_accumulated_gradients_are_those_of_one_batch(name, tmp_path):
     together, apart = found
     for n, p in together.items():
         torch.testing.assert_close(p, apart[n], rtol=1e-4, atol=1e-6, msg=n)
+
+
+def test_the_head_of_a_model_with_a_logits_bias_is_decomposed_once(monkeypatch):
+    computed = []
+    exact = spectral.head_gram
+    monkeypatch.setattr(spectral, "head_gram", lambda *a: computed.append(1) or exact(*a))
+    model = attach(lora("bart")[0])
+    for _ in range(3):
+        model(**batch()).loss.backward()
+    assert len(computed) == 1
+
+
+def test_a_model_that_reads_sounds_is_refused():
+    config = transformers.WhisperConfig(
+        vocab_size=97,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+    )
+    model = balora.get_pissa_model(transformers.WhisperForConditionalGeneration(config), r=4)
+    with pytest.raises(ValueError, match="peft_model: expected a model that reads text, .* reads input_features"):
+        balora.attach(model, balora.BALoraConfig())

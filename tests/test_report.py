@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 
 import balora
 import balora.cli
-from balora import BALoraConfig, page, plots, report, train
+from balora import BALoraConfig, elements, plots, report, train
 from balora.report import ReportCallback
 from balora.trainer import BALoraCallback, BALoraTrainer
 
@@ -56,12 +56,12 @@ def kept(folder):
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
     """Nearly all of the time is matplotlib's, and tests/test_page.py has that."""
-    monkeypatch.setattr(page, "draw", lambda *_, **__: "<svg></svg>")
+    monkeypatch.setattr(elements, "draw", lambda *_, **__: "<svg></svg>")
 
 
 @pytest.fixture
 def drawn(undrawn, monkeypatch):
-    monkeypatch.setattr(page, "draw", plots.draw)
+    monkeypatch.setattr(elements, "draw", plots.draw)
 
 
 @pytest.fixture

@@ -373,7 +373,8 @@ def test_detach_leaves_nothing():
     base = model.get_base_model()
     before = set(base.__dict__)
     balora.attach(model, CONFIG)
-    assert base.__dict__.keys() - before == {"_balora", "balora_last", "forward", "accepts_loss_kwargs"}
+    set_here = {"_balora", "balora_last", "forward", "accepts_loss_kwargs", "_replicate_for_data_parallel"}
+    assert base.__dict__.keys() - before == set_here
     balora.detach(model)
     assert set(base.__dict__) == before
 
