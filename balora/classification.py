@@ -131,13 +131,15 @@ def read(
             raise ValueError(f"{found.name}, column 'label': expected at least two classes, found only {names[0]}")
     number = {name: i for i, name in enumerate(names)}
     rows = []
-    for (text, pair, _, where), value in zip(texts, values, strict=True):
-        if str(value) not in number:
+    for (text, pair, _, where), label, value in zip(texts, labels, values, strict=True):
+        # In training "1.50" may have been a text, because others were: the text comes before the number.
+        name = label if isinstance(label, str) and label in number else str(value)
+        if name not in number:
             raise ValueError(
-                f"{where}, column 'label': expected one of the classes trained on, {_listed(names)}; found "
-                f"{short(value)}"
+                f"{where}, column 'label': expected one of the classes trained on, {listed(names)}; found "
+                f"{short(label)}"
             )
-        rows.append(LabelledText(text, pair, number[str(value)], where))
+        rows.append(LabelledText(text, pair, number[name], where))
     return Labelled(rows, names, unused, columns)
 
 
@@ -207,7 +209,8 @@ def _target(value: Any, where: str) -> float:
     return float(value)
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first ten, and how many there are."""
     return ", ".join(names[:_SHOWN]) + (f" … ({len(names)} in all)" if len(names) > _SHOWN else "")
 
 

@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     comparison failed, 2 for arguments or data that do not fit, 130 for a comparison that was interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["compare-run"]:  # the process of one run of a comparison
-        return _compare_run(argv[1])
+        return _compare_run(*argv[1:])
     parser = argparse.ArgumentParser(
         prog="balora", description="BA-LoRA fine-tuning: output regularizers without the [tokens, vocabulary] tensors."
     )
@@ -60,9 +60,9 @@ def _compare(argv: list[str]) -> int:
         )
         parser.description = (
             "Train and measure several methods with the same recipe, data, budget and seeds. A recipe is that of "
-            "`balora train`; it may hold the options of this command too (sweep: {r: [4, 16]}). Each run is a folder "
-            "OUTPUT_DIR/METHOD/SEED and a process; finished ones are not repeated. The results: table.md, table.csv, "
-            "results.json and the page compare.html."
+            "`balora train`, whose adapter and seed give way to --methods and --seeds; it may hold the options of this "
+            "command too (sweep: {r: [4, 16]}). Each run is a folder OUTPUT_DIR/METHOD/SEED and a process; finished "
+            "ones are not repeated. The results: table.md, table.csv, results.json and the page compare.html."
         )
         parser.add_argument(
             "--sweep",
@@ -73,6 +73,9 @@ def _compare(argv: list[str]) -> int:
             help="an option of balora train and its values, each a run of the method balora; may be given again. "
             "Other options stay: with r, lora_alpha does",
         )
+        for option, instead in (("--adapter", "--methods"), ("--seed", "--seeds")):
+            if _given(option, argv):
+                raise ValueError(f"{option[2:]}: expected {instead} in its place, found {option}")
         asked, (*_, own, more) = _parsed(parser, argv)
         beside = {*vars(own), *vars(more)}
         asked = {name: value for name, value in asked.items() if name not in beside}
@@ -93,14 +96,15 @@ def _compare(argv: list[str]) -> int:
     return 1 if any(result.failure for result in found) else 0
 
 
-def _compare_run(folder: str) -> int:
+def _compare_run(folder: str, parent: str) -> int:
     from pathlib import Path
 
     try:
         run, compare_run = _import("train"), _import("compare_run")
         specification = json.loads((Path(folder) / compare_run.SPECIFICATION).read_text(encoding="utf-8"))
         options = {**specification["options"], "output_dir": folder, "resume_from_checkpoint": "true"}
-        compare_run.perform(Path(folder), specification, _parsed(_train_parser(run), _as_arguments(options))[1])
+        parsed = _parsed(_train_parser(run), _as_arguments(options))[1]
+        compare_run.perform(Path(folder), int(parent), specification, parsed)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -226,7 +230,7 @@ def _as_arguments(options: dict[str, Any]) -> list[str]:
             arguments += [f"--{name}", *map(str, value)] if value else []
         elif name == "sweep" and isinstance(value, dict):
             for option, values in value.items():
-                arguments += ["--sweep", option, *map(str, values)]
+                arguments += ["--sweep", option, *map(str, values if isinstance(values, list) else [values])]
         elif value is not None:
             arguments.append(f"--{name}={json.dumps(value) if isinstance(value, (dict, bool)) else value}")
     return arguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -17,14 +18,14 @@ from typing import Any, NamedTuple
 import yaml
 from tqdm.auto import tqdm
 
-from . import sources
+from . import quantized, sources
 from .compare_page import Page, render
 from .compare_run import FAILED, PROGRESS, RESULT, SPECIFICATION, TRAINED, write
 from .results import Result, csv_table, markdown_table, measures_of, terminal_table
 
 WEIGHTS = ("lambda_consistency", "lambda_diversity", "lambda_svd")
 PAGE = "compare.html"
-_COMMAND = [sys.executable, "-m", "balora.cli", "compare-run"]  # of a run, before its folder
+_COMMAND = [sys.executable, "-m", "balora.cli", "compare-run"]  # of a run, before its folder and our process id
 _POLL = 0.2  # seconds
 _PATIENCE = 10.0  # seconds that a run has to end when it is told to
 _LAST_LINES = 4  # of a failed run's log
@@ -170,7 +171,9 @@ def _swept(
         if not re.fullmatch(r"[\w.+-]+", str(text)):
             raise ValueError(f"sweep: expected values of letters, digits and . + - _, found {text!r} for {sweep}")
         chosen = {**base, sweep: yaml.safe_load(str(text))}
-        value = {k: v for part in parse(chosen) for k, v in vars(part).items()}[sweep]
+        parts = parse(chosen)
+        _check_base(parts[0])
+        value = {k: v for part in parts for k, v in vars(part).items()}[sweep]
         value = getattr(value, "value", value)
         if any(value == other for other, _ in found):
             raise ValueError(f"sweep: expected different values of {sweep}, found {text} twice")
@@ -192,12 +195,21 @@ def _check_arguments(arguments: CompareArguments, run: Any, config: Any) -> None
     for name, least in (("drift_windows", 1), ("generations", 0), ("new_tokens", 1)):
         if getattr(arguments, name) < least:
             raise ValueError(f"{name}: expected at least {least}, found {getattr(arguments, name)}")
+    _check_base(run)
     if run.eval_data is None:
         raise ValueError("eval_data: expected data to measure the runs on, found none")
     sources.find(run.data, run.data_split, "train")
     sources.find(run.eval_data, run.eval_split, "test")
     if arguments.drift_data is not None and not Path(arguments.drift_data).read_text(encoding="utf-8").strip():
         raise ValueError(f"drift_data: expected a text file, found an empty one at {arguments.drift_data}")
+
+
+def _check_base(run: Any) -> None:
+    """The runs' LoRAs are measured on the base that ``run.model`` names, loaded as it is."""
+    prepared = quantized.is_prepared(run.model)
+    if prepared or run.quantize is not None:
+        found = f"the 4-bit residual of balora quantize in {run.model}" if prepared else f"quantize={run.quantize!r}"
+        raise ValueError(f"{'model' if prepared else 'quantize'}: expected a base in full precision, found {found}")
 
 
 def _check_unchanged(run: Run) -> None:
@@ -278,7 +290,7 @@ def _make(run: Run, progress: Callable[[float], None]) -> None:
     with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
         # A session of its own: an interrupt from the terminal reaches this process only, which then ends that one.
         process = subprocess.Popen(
-            [*_COMMAND, str(run.folder)],
+            [*_COMMAND, str(run.folder), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

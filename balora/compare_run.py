@@ -45,40 +45,49 @@ def write(path: Path, content: Any) -> None:
     os.replace(beside, path)
 
 
-class _Progress(TrainerCallback):
-    """Says how far the training is, and ends it where the process that started this one is gone: the next comparison
-    would start a second one in the same folder.
+def _check_parent(parent: int) -> None:
+    """Ends this process where the one that started it is gone: the next comparison would start a second one in the same
+    folder.
     """
+    if os.getppid() != parent:
+        raise SystemExit("error: the comparison that started this run has ended")
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.parent = path, os.getppid()
+
+class _Progress(TrainerCallback):
+    """Says how far the training is, and ends it where the comparison has ended."""
+
+    def __init__(self, path: Path, parent: int) -> None:
+        self.path, self.parent = path, parent
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if os.getppid() != self.parent:
-            raise SystemExit("error: the comparison that started this run has ended")
+        _check_parent(self.parent)
         if state.is_world_process_zero:
             write(self.path, f"{state.global_step} {state.max_steps}")
 
 
-def perform(folder: Path, specification: dict[str, Any], parsed: tuple[Any, Any, Any]) -> None:
+def perform(folder: Path, parent: int, specification: dict[str, Any], parsed: tuple[Any, Any, Any]) -> None:
     """Train, from the last checkpoint of ``folder`` if there is one, measure, and write the result.
 
     The checkpoints, which are for resuming only, are removed at the end.
 
     Args:
+        parent: the process id of the comparison; without it the run ends.
         specification: ``options`` (of ``balora train``) and ``measures``.
         parsed: the argument objects of these options.
     """
+    _check_parent(parent)
     run, config, training = parsed
     if not (folder / TRAINED).is_file():
         if training.eval_strategy == "no":
             run = replace(run, eval_data=None, eval_split=None)  # it is measured below
         trainer, checkpoint = train.setup(run, config, training, recipe=specification["options"])
-        trainer.add_callback(_Progress(folder / PROGRESS))
+        _check_parent(parent)  # reading the data and PiSSA take their time
+        trainer.add_callback(_Progress(folder / PROGRESS, parent))
         train.train(trainer, checkpoint)
         write(folder / TRAINED, {"steps": trainer.state.global_step})
         del trainer
         gc.collect()  # the model and the Trainer hold each other
+    _check_parent(parent)
     found = _measured(folder, parsed, specification["measures"])
     measures = {**found.pop("measures"), **_cost(folder)}
     found["measures"] = {name: _finite(value) for name, value in measures.items()}
@@ -138,8 +147,8 @@ def _of_classifier(model: Any, batches: Iterable[Any], compute_metrics: Any) -> 
     logits, features, labels = measure.classified(model, batches)
     found: dict[str, float | None] = {"eval_loss": measure.class_loss(logits, labels)}
     found |= compute_metrics(EvalPrediction(logits.numpy(), labels.numpy()))
-    recalls = {name: found.pop(name) for name in list(found) if name.startswith("recall_")}
-    details: dict[str, Any] = {"recalls": {name.removeprefix("recall_"): value for name, value in recalls.items()}}
+    recalls = {n.removeprefix("recall_"): found.pop(n) for n in list(found) if n.startswith("recall_")}
+    details: dict[str, Any] = {"recalls": {n: v for n, v in recalls.items() if _finite(v) is not None}}
     if logits.shape[1] > 1:
         try:
             found["silhouette"] = measure.silhouette(features, labels)

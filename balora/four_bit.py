@@ -32,6 +32,17 @@ def without_hub_kernels() -> None:
             sys.modules["kernels"] = known
 
 
+def require() -> None:
+    """Raise where bitsandbytes cannot be imported, before any work on weights in 4 bits."""
+    without_hub_kernels()
+    try:
+        import bitsandbytes  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ImportError(
+            f"bitsandbytes: expected for weights in 4 bits, found none ({error}): pip install 'balora[quantized]'"
+        ) from error
+
+
 def is_4bit(layer: nn.Module) -> bool:
     """Whether that is a 4-bit linear layer of bitsandbytes (not an adapter around one); asks without importing it."""
     return isinstance(layer, nn.Linear) and type(layer.weight).__name__ == "Params4bit"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -126,8 +127,8 @@ def distinct(rows: Iterable[Sequence[int]], n: int) -> float | None:
 def classified(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """(logits [M, C], features [M, d], labels [M]) of all rows, in float32 on the host.
 
-    The features are the last hidden state of the first token ([CLS]); of a decoder, and of whatever else reads the last
-    token (its head is named ``score``), that of the last token.
+    The features are the last hidden state of the token that the head reads: the first one ([CLS]); of a decoder, and of
+    whatever else has a head named ``score``, the last one; of an encoder-decoder the decoder's last end-of-text token.
 
     Args:
         model: a sequence classifier in evaluation mode.
@@ -141,9 +142,10 @@ def classified(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> tuple[Ten
         out = model(**inputs, output_hidden_states=True)
         hidden = (out.get("hidden_states") or out.get("decoder_hidden_states"))[-1]  # [B, S, d]
         places = torch.zeros_like(labels, dtype=torch.long)
-        if from_last:
-            mask = inputs["attention_mask"]
-            places = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+        if _is_encoder_decoder(model):
+            places = _last(inputs["input_ids"] == model.config.eos_token_id)
+        elif from_last:
+            places = _last(inputs["attention_mask"])
         features = hidden[torch.arange(len(hidden), device=hidden.device), places]
         found.append((out.logits.float().cpu(), features.float().cpu(), labels.cpu()))
     logits, features, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -159,23 +161,27 @@ def class_loss(logits: Tensor, labels: Tensor) -> float:
 
 def silhouette(features: Tensor, labels: Tensor) -> float | None:
     """The mean silhouette coefficient of features [M, d] by class, with the cosine distance (Rousseeuw 1987), by
-    scikit-learn. None where it is not defined: fewer than two classes, or none of more than one row.
+    scikit-learn. None where it is not defined: fewer than two classes, or none of more than one row. NaN of features
+    that are not finite.
     """
     from sklearn.metrics import silhouette_score
 
     classes = len(labels.unique())
     if not 2 <= classes < len(labels):
         return None
+    if not features.isfinite().all():
+        return math.nan
     return float(silhouette_score(features.double().numpy(), labels.numpy(), metric="cosine"))
 
 
 def tsne(features: Tensor) -> list[list[float]] | None:
     """A map of features [M, d] to the plane, [M, 2], by scikit-learn: t-SNE with the perplexity 30, 1000 iterations and
-    the seed 42 of the 2025 paper, appendix B.3. The perplexity is M/4 for fewer than 120 rows; None for fewer than 8.
+    the seed 42 of the 2025 paper, appendix B.3. The perplexity is M/4 for fewer than 120 rows; None for fewer than 8,
+    and of features that are not finite.
     """
     from sklearn.manifold import TSNE
 
-    if len(features) < 8:
+    if len(features) < 8 or not features.isfinite().all():
         return None
     embed = TSNE(perplexity=min(30.0, len(features) / 4), max_iter=1000, random_state=42)
     return [[round(float(v), 2) for v in row] for row in embed.fit_transform(features.numpy())]
@@ -183,6 +189,11 @@ def tsne(features: Tensor) -> list[list[float]] | None:
 
 def _is_encoder_decoder(model: Any) -> bool:
     return bool(model.config.is_encoder_decoder)
+
+
+def _last(mask: Tensor) -> Tensor:
+    """The last place of each row [B, S] where the mask is set, [B]."""
+    return (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
 
 
 def _batches(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:

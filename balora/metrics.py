@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ Metrics = Callable[[Any], dict[str, float]]  # of a transformers.EvalPrediction,
 def of_classes(names: Sequence[str], counts: Sequence[int]) -> Metrics:
     """The metrics of :func:`classification` by name, and the recall of each of up to 10 classes, as ``recall_NAME``.
 
+    All are NaN where a logit is not finite: a diverged model has no classes, and argmax takes NaN for the largest.
+
     Args:
         names: of the classes, by number.
         counts: how many rows of the training data each class has; ``rare_class_recall`` is the recall of the class with
@@ -26,7 +29,8 @@ def of_classes(names: Sequence[str], counts: Sequence[int]) -> Metrics:
     rare = [i for i, count in enumerate(counts) if count == least]
 
     def metrics(prediction: Any) -> dict[str, float]:
-        predicted = np.asarray(prediction.predictions).argmax(-1)
+        logits = np.asarray(prediction.predictions)
+        predicted = logits.argmax(-1)
         labels = np.asarray(prediction.label_ids)
         found = classification(predicted, labels)
         recall = recalls(predicted, labels, len(names))
@@ -35,7 +39,7 @@ def of_classes(names: Sequence[str], counts: Sequence[int]) -> Metrics:
         if len(names) <= _NAMED_CLASSES:
             named = zip(names, recall.tolist(), strict=True)
             found |= {f"recall_{name}": value for name, value in named if value == value}
-        return found
+        return found if np.isfinite(logits).all() else dict.fromkeys(found, math.nan)
 
     return metrics
 
@@ -84,7 +88,12 @@ def recalls(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarr
 
 
 def regression(predicted: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """pearson, spearman (pearson of the ranks, ties at their mean) and mse of numbers [N]; 0 with a constant."""
+    """pearson, spearman (pearson of the ranks, ties at their mean) and mse of numbers [N]; 0 with a constant.
+
+    All are NaN where a prediction is not finite.
+    """
+    if not np.isfinite(predicted).all():
+        return dict.fromkeys(("pearson", "spearman", "mse"), math.nan)
     predicted, targets = predicted.astype(np.float64), targets.astype(np.float64)
     return {
         "pearson": _correlation(predicted, targets),

@@ -146,9 +146,9 @@ def quantize(
 
     Raises:
         ValueError, TypeError, OSError: an argument does not fit.
+        ImportError: bitsandbytes is missing.
     """
-    import bitsandbytes  # noqa: F401  # before the work, if it is missing
-
+    four_bit.require()
     out = Path(output_dir)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"output_dir: expected a new or empty folder, found {out} with something in it")
@@ -221,9 +221,11 @@ def load_quantized(folder: str | Path, **from_pretrained: Any) -> peft.PeftModel
 
     Raises:
         ValueError: the folder is none of ``quantize``, or its adapter does not belong to its weights.
+        ImportError: bitsandbytes is missing.
     """
     if not is_prepared(folder):
         raise ValueError(f"folder: expected what balora.quantize wrote, found {folder}")
+    four_bit.require()
     model = AutoModelForCausalLM.from_pretrained(folder, **from_pretrained)
     return with_initial_adapter(model, folder)
 
@@ -265,6 +267,7 @@ def load_options(model: str, quantize: str | None, dtype: str) -> dict[str, Any]
     """What ``from_pretrained`` gets for ``balora train --quantize``: nothing, or NF4 that computes in this type."""
     if quantize is None:
         return {}
+    four_bit.require()
     stored = AutoConfig.from_pretrained(model).get_text_config().dtype or torch.float32
     return {"quantization_config": nf4_config(stored if dtype == "auto" else getattr(torch, dtype))}
 
@@ -276,7 +279,10 @@ def settled(run: Any, asked: dict[str, Any] | None) -> Any:
 
     Raises:
         ValueError: an argument contradicts the folder.
+        ImportError: the base is to be in 4 bits, and bitsandbytes is missing.
     """
+    if run.quantize == "nf4" or is_prepared(run.model):
+        four_bit.require()
     if not is_prepared(run.model):
         return run
     config = initial_config(run.model)

@@ -166,7 +166,8 @@ def markdown_table(results: Sequence[Result], titles: Mapping[str, str]) -> str:
         shown = [f"**{c}**" if (group, n) in marked else c for n, c in zip(names, cells, strict=True)]
         lines.append([title, count, *shown])
     notes = "".join(f"- {MEASURES[n].title}: {MEASURES[n].note}\n" for n in names)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{NOTE}\n\n{notes}"
+    escaped = [[text.replace("|", r"\|") for text in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped) + f"\n{NOTE}\n\n{notes}"
 
 
 def csv_table(results: Sequence[Result]) -> str:

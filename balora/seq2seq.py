@@ -32,10 +32,11 @@ class Pairs:
 
 def read(source: str | Path, split: str | None = None, usual: str = "train", training: Pairs | None = None) -> Pairs:
     """The pairs of instruction data (:func:`balora.data.read`: the question and its answer) or, where there is a column
-    label, of texts with labels (:func:`balora.classification.read`), cast as text as T5 does it.
+    label, of texts with labels (:func:`balora.classification.read`), cast as text.
 
     There the source is each text behind its column's name, ``sentence1: … sentence2: …``, and the target the name of
-    the class; of a regression, the number with one decimal.
+    the class; of a regression, the number with one decimal. T5 puts the name of the task in front, too, and rounds the
+    numbers of STS-B to 0.2.
 
     Args:
         training: what the model was trained on, when others are read to evaluate it: their classes are used.

@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from . import classification, data, metrics, quantized, seq2seq
+from .classification import listed
 from .pissa import head_modules
-from .sharding import first_process
+from .sharding import first_process, partitioned
 from .tokenized import Tokenized
 
 CUT = 512  # tokens, where the user names no max_length
@@ -35,13 +36,17 @@ class Task:
     about: dict[str, str] = field(default_factory=dict)  # of both sets, in words
     compute_metrics: metrics.Metrics | None = None
     predictions: Callable[[Any, Any], Any] | None = None  # what of the logits is kept for the metrics
+    classes: list[str] | None = None  # of a classifier, in the order of its outputs; of a regression none
 
 
 def find(run: Any, kind: str, tokenizer: Any) -> Task:
     """The task of a run: ``kind`` is nlg or nlu, the model says the rest."""
     causal = kind == "nlg" and not AutoConfig.from_pretrained(run.model).is_encoder_decoder
-    if run.quantize is not None and not causal:
-        raise ValueError(f"quantize: expected none for models that are no causal language model, found {run.quantize}")
+    if (run.quantize is not None or quantized.is_prepared(run.model)) and not causal:
+        found = "the task nlu" if kind == "nlu" else "an encoder-decoder"
+        raise ValueError(
+            f"model, quantize: expected full precision for what is no causal language model, found {found}"
+        )
     if causal:
         return language_model(run, tokenizer)
     return classifier(run, tokenizer) if kind == "nlu" else encoder_decoder(run, tokenizer)
@@ -99,7 +104,7 @@ def classifier(run: Any, tokenizer: Any) -> Task:
             f"{config.model_type} at {run.model}"
         )
     length = _max_length(run, tokenizer)
-    rows = _in_order_of(config, classification.read(run.data, run.data_split))
+    rows, fresh = _in_order_of(config, classification.read(run.data, run.data_split), run)
     train = classification.tokenize(rows, tokenizer, length, str(run.data))
     about = {"Training data": rows.summary()}
     say(f"train: {rows.summary()}")
@@ -114,17 +119,18 @@ def classifier(run: Any, tokenizer: Any) -> Task:
     return Task(
         train,
         evaluation,
-        lambda: _load_classifier(run, tokenizer, rows.names),
+        lambda: _load_classifier(run, tokenizer, rows.names, fresh),
         lambda model: DataCollatorWithPadding(tokenizer),
         about,
         metrics.of_numbers if rows.names is None else metrics.of_classes(rows.names, rows.counts()),
         lambda logits, labels: _first(logits),
+        rows.names or [],
     )
 
 
-def _load_classifier(run: Any, tokenizer: Any, names: list[str] | None) -> tuple[Any, list[str]]:
+def _load_classifier(run: Any, tokenizer: Any, names: list[str] | None, other_classes: bool) -> tuple[Any, list[str]]:
     """The model with a head of these classes, None: of one number; and what of it has to be trained in full: the head,
-    and what else the checkpoint lacks.
+    and what else the checkpoint lacks. With other_classes a head of the same size is made anew.
     """
     fields: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if names is not None:
@@ -152,18 +158,55 @@ def _load_classifier(run: Any, tokenizer: Any, names: list[str] | None) -> tuple
             + (f" and {len(blocks) - 1} others" if blocks[1:] else "")
         )
     fresh = list(dict.fromkeys(name.rpartition(".")[0] for name in lacking))
-    if fresh or mismatched or info["missing_keys"]:
+    if other_classes:
+        _initialize(model, head)
+    if fresh or mismatched or info["missing_keys"] or other_classes:
         say(f"model: the checkpoint has no {', '.join([*fresh, *head])}; fresh ones are trained in full")
     if model.config.pad_token_id is None:  # decoders look for the last token that is none
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, [*fresh, *head]
 
 
-def _in_order_of(config: Any, rows: classification.Labelled) -> classification.Labelled:
-    """The rows with their classes in the order of the checkpoint's head, if that has the same ones."""
+def _initialize(model: Any, head: list[str]) -> None:
+    """Give the head the weights of a fresh one."""
+    for module in (module for name in head for module in model.get_submodule(name).modules()):
+        for parameter in module.parameters(recurse=False):
+            if partitioned(parameter):
+                raise ValueError(
+                    "ignore_mismatched_sizes: expected false with ZeRO-3 and a head of other classes, found true"
+                )
+            parameter._is_hf_initialized = False  # transformers leaves what it has loaded
+        model._init_weights(module)
+
+
+def _in_order_of(config: Any, rows: classification.Labelled, run: Any) -> tuple[classification.Labelled, bool]:
+    """The rows with their classes in the order of the checkpoint's head, and whether that head is of as many others.
+
+    Upper and lower case are the same, unless they tell classes apart. A head whose classes have no names is taken as it
+    is; one of another size is found as it is loaded.
+
+    Raises:
+        ValueError: the head is of as many other classes, and nobody asked for a fresh one.
+    """
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     known = [config.id2label[i] for i in sorted(config.id2label)] if is_classifier else []
-    return rows.ordered(known) if rows.names is not None and sorted(known) == sorted(rows.names) else rows
+    names = rows.names
+    if names is None or len(known) != len(names):
+        return rows, False
+    if sorted(known) == sorted(names):
+        return rows.ordered(known), False
+    folded = {name.casefold(): name for name in names}
+    if sorted(folded) == sorted(name.casefold() for name in known):
+        return rows.ordered([folded[name.casefold()] for name in known]), False
+    if known == [f"LABEL_{i}" for i in range(len(known))]:
+        say(f"model: its head has no names for its {len(known)} classes; taken, in this order, as {listed(names)}")
+        return rows, False
+    if not run.ignore_mismatched_sizes:
+        raise ValueError(
+            f"label: expected the classes of the head at {run.model}, {listed(known)}; found {listed(names)}; name "
+            "them so, or add --ignore_mismatched_sizes true to begin with a fresh head"
+        )
+    return rows, True
 
 
 def _from_pretrained(auto: Any, run: Any, expected: str, **options: Any) -> tuple[Any, dict[str, Any]]:

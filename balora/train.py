@@ -82,7 +82,10 @@ class RunArguments:
     )
     ignore_mismatched_sizes: bool = field(
         default=False,
-        metadata={"help": "a classifier's head of another size is replaced by a fresh one, which else is an error"},
+        metadata={
+            "help": "a classifier's head of another size or of other classes is replaced by a fresh one, which else is "
+            "an error"
+        },
     )
     dtype: str = field(
         default="auto",
@@ -113,6 +116,7 @@ RECIPE = "recipe.yaml"
 LORA = "lora"
 LORA_PRETRAINED = "lora_pretrained"
 REPORT = "report.html"
+CLASSES = "classes.json"  # of a classifier, in the order of its outputs
 
 
 def setup(
@@ -161,6 +165,8 @@ def setup(
     task = tasks.find(run, config.task, tokenizer)
     sets = [task.train, *([task.evaluation] if task.evaluation else [])]
     _check_vocabulary(run.model, sets)
+    if checkpoint is not None and task.classes is not None:
+        _check_classes(task.classes, checkpoint)
 
     set_seed(training.seed)  # of a fresh head, and of adapters with a random start
     model, trained_in_full = task.load()
@@ -195,6 +201,10 @@ def setup(
     form = f", {run.form} form" if run.adapter == "pissa" else ""
     about["Adapters"] = f"{start}{form}, r = {run.r}, alpha = {run.lora_alpha:g}"
     _add_report(trainer, about, recipe)
+    classes = Path(training.output_dir) / CLASSES
+    if task.classes is not None and training.should_save and not (checkpoint and classes.exists()):
+        classes.parent.mkdir(parents=True, exist_ok=True)
+        classes.write_text(json.dumps(task.classes, ensure_ascii=False), encoding="utf-8")
     if recipe is not None and training.should_save:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)
         kept = {name: value for name, value in recipe.items() if not name.endswith("_token")}  # no secret in a file
@@ -325,6 +335,15 @@ def _check_training(training: TrainingArguments) -> None:
     Trainer.get_optimizer_cls_and_kwargs(training)  # raises where the optimizer's package is missing
 
 
+def _check_classes(classes: list[str], checkpoint: str) -> None:
+    """A run goes on with the classes that it began with: as many others would take over the outputs of those."""
+    path = Path(checkpoint).parent / CLASSES
+    then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else classes  # older runs have none
+    if then != classes:
+        there, here = (f"the classes {tasks.listed(names)}" if names else "a regression" for names in (then, classes))
+        raise ValueError(f"label: expected {there}, as in {checkpoint}; found {here}")
+
+
 def _check_adapters(model: Any, form: str | None, checkpoint: str) -> None:
     """A checkpoint goes on with the adapters that it was made with: others would give its factors another meaning."""
     made = checkpoint_form(checkpoint)
@@ -333,6 +352,9 @@ def _check_adapters(model: Any, form: str | None, checkpoint: str) -> None:
         raise ValueError(f"{name}: expected {made or 'no PiSSA'!r}, as in {checkpoint}, found {form or 'no PiSSA'!r}")
     now = model.peft_config["default"].to_dict()
     then = json.loads((Path(checkpoint) / "adapter_config.json").read_text())
+    if now["use_dora"] != then["use_dora"]:
+        asked, found = ("dora" if x["use_dora"] else "lora" for x in (then, now))
+        raise ValueError(f"adapter: expected {asked!r}, as in {checkpoint}, found {found!r}")
     for name in ("r", "lora_alpha", "target_modules", "exclude_modules", "modules_to_save"):
         here, there = (sorted(x[name]) if isinstance(x[name], (list, set)) else x[name] for x in (now, then))
         if here != there:

@@ -89,6 +89,13 @@ def test_evaluation_takes_the_classes_of_training(tmp_path):
         labelled(tmp_path, "x", training=targets)
 
 
+def test_labels_that_are_texts_in_training_stay_texts(tmp_path):
+    training = labelled(tmp_path, "1.50", "2.0", "n/a")
+    assert [row.label for row in labelled(tmp_path, "1.50", "2.0", "1.50", training=training).rows] == [0, 1, 0]
+    with pytest.raises(ValueError, match="line 2, .* trained on, 1.50, 2.0, n/a; found '1.5'"):
+        labelled(tmp_path, "1.50", "1.5", training=training)
+
+
 def test_the_summary_shows_imbalance(tmp_path):
     found = labelled(tmp_path, *[1] * 77, *[2] * 17, *[0] * 6)
     assert found.summary() == "100 rows, 3 classes: 1 77 %, 2 17 %, 0 6 %"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import peft
 import pytest
@@ -10,7 +11,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import balora
 from balora import cli
+from balora.adapters import RESIDUAL_BASE
 
 from .architectures import tiny
 from .conftest import TEMPLATE, tiny_checkpoint, tiny_tokenizer
@@ -144,6 +147,35 @@ def test_a_finished_run_is_not_overwritten_and_not_resumed_with_other_adapters(i
         changed = {**values, name: value, "resume_from_checkpoint": "true"}
         assert cli.main(["train", *flags(changed)]) == 2
         assert f"error: {name}: expected " in capsys.readouterr().err
+
+
+def test_lora_does_not_go_on_as_dora(inputs, tmp_path, capsys):
+    values = options(inputs, tmp_path / "run", adapter="lora", max_steps=1, save_steps=1)
+    assert cli.main(["train", *flags(values)]) == 0
+    assert cli.main(["train", *flags({**values, "adapter": "dora", "resume_from_checkpoint": "true"})]) == 2
+    error = capsys.readouterr().err
+    assert "adapter: expected 'lora', as in" in error
+    assert "checkpoint-1, found 'dora'" in error
+
+
+def test_a_base_in_4_bits_without_bitsandbytes(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it raises
+    prepared = tmp_path / "prepared"
+    shutil.copytree(inputs / "model", prepared)
+    config = json.loads((prepared / "config.json").read_text())
+    (prepared / "config.json").write_text(json.dumps({**config, RESIDUAL_BASE: {"adapter": "pissa"}}))
+    quantize = ["quantize", "--model", str(inputs / "model"), "--output_dir", str(tmp_path / "q")]
+    for command in (
+        quantize,
+        ["train", *flags(options(inputs, tmp_path / "run", quantize="nf4"))],
+        ["train", *flags(options(inputs, tmp_path / "run", model=prepared))],
+    ):
+        assert cli.main(command) == 2
+        error = capsys.readouterr().err
+        assert "error: bitsandbytes: expected for weights in 4 bits, found none" in error
+        assert "pip install 'balora[quantized]'" in error
+    with pytest.raises(ImportError, match="bitsandbytes: expected for weights in 4 bits"):
+        balora.load_quantized(prepared)
 
 
 def test_the_residual_form_and_a_head_that_is_trained(inputs, tmp_path, capsys):

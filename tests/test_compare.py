@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -15,6 +16,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from balora import cli, compare, compare_page, compare_run, data, measure, results
+from balora.adapters import RESIDUAL_BASE
 from balora.results import Cell, Result
 
 from .conftest import tiny_checkpoint, tiny_llama, tiny_tokenizer
@@ -140,14 +142,15 @@ def test_an_interrupted_run_gives_the_same_numbers(compared, tmp_path):
     folder = tmp_path / "balora" / "1"
     shutil.copytree(compared / "balora" / "1", folder)
     (folder / "result.json").unlink()
+    command = ["compare-run", str(folder), str(os.getppid())]
     trained = (folder / "trainer_state.json").stat().st_mtime_ns
-    assert cli.main(["compare-run", str(folder)]) == 0
+    assert cli.main(command) == 0
     assert (folder / "trainer_state.json").stat().st_mtime_ns == trained
     assert result(tmp_path)["measures"] | exact == pytest.approx(result(tmp_path)["measures"], rel=1e-6)
     for name in ("result.json", "trained.json"):
         (folder / name).unlink()
     shutil.rmtree(folder / "lora")
-    assert cli.main(["compare-run", str(folder)]) == 0
+    assert cli.main(command) == 0
     assert (folder / "trainer_state.json").stat().st_mtime_ns != trained
     assert result(tmp_path)["measures"] | exact == pytest.approx(result(tmp_path)["measures"], rel=1e-4)
 
@@ -189,6 +192,10 @@ def test_another_recipe_on_finished_runs_is_an_error(inputs, compared, capsys, c
         (dict(sweep="model a/b"), "sweep: expected values of letters, digits and . + - _, found 'a/b' for model"),
         (dict(sweep="lambda_svd 0.1 -2"), "lambda_svd: expected a weight of at least 0, found -2.0"),
         (dict(methodes="lora"), "unknown argument --methodes; did you mean --methods?"),
+        (dict(adapter="dora"), "adapter: expected --methods in its place, found --adapter"),
+        (dict(seed=7), "seed: expected --seeds in its place, found --seed"),
+        (dict(quantize="nf4"), "quantize: expected a base in full precision, found quantize='nf4'"),
+        (dict(sweep="quantize nf4"), "quantize: expected a base in full precision, found quantize='nf4'"),
     ],
 )
 def test_errors_come_before_any_run(inputs, tmp_path, capsys, changes, message):
@@ -196,6 +203,15 @@ def test_errors_come_before_any_run(inputs, tmp_path, capsys, changes, message):
     error = capsys.readouterr().err
     assert error.startswith("balora compare: error: ")
     assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_quantize_is_no_base_to_measure_on(inputs, tmp_path, capsys):
+    shutil.copytree(inputs / "model", tmp_path / "q")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    (tmp_path / "q" / "config.json").write_text(json.dumps({**config, RESIDUAL_BASE: {}}))
+    assert cli.main(arguments(inputs, tmp_path / "out", model=tmp_path / "q")) == 2
+    assert "model: expected a base in full precision, found the 4-bit residual of balora" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -207,6 +223,7 @@ from pathlib import Path
 folder = Path(sys.argv[1])
 group, seed = folder.parts[-2:]
 print("first line")
+assert int(sys.argv[2]) == os.getppid()
 (folder / "pid").write_text(str(os.getpid()))
 if (group, seed) == ("pissa", "2") and not Path(sys.argv[1], "..", "..", "healed").exists():
     sys.exit("error: no luck")
@@ -273,11 +290,11 @@ def test_an_interrupt_ends_the_process_and_says_how_to_go_on(fake, tmp_path, cap
 
 def test_a_recipe_holds_the_options_of_the_comparison(fake, tmp_path, inputs):
     recipe = dict(model=str(inputs / "model"), data=str(inputs / "rows.jsonl"), eval_data=str(inputs / "rows.jsonl"))
-    recipe |= dict(r=4, adapter="dora", seed=7, methods=["lora"], seeds=[3], sweep={"lambda_svd": [0, 1e-1]})
+    recipe |= dict(r=4, adapter="dora", seed=7, methods=["lora"], seeds=[3], sweep={"lambda_svd": [0, 1e-1], "r": 2})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert cli.main(["compare", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "out")]) == 0
     assert sorted(p.parent.parent.name for p in (tmp_path / "out").glob("*/3/run.json")) == [
-        "lora", "sweep_lambda_svd_0", "sweep_lambda_svd_0.1"
+        "lora", "sweep_lambda_svd_0", "sweep_lambda_svd_0.1", "sweep_r_2"
     ]  # fmt: skip
 
 
@@ -294,6 +311,48 @@ def test_a_folder_with_something_else_is_left_alone(fake, tmp_path, capsys):
     (tmp_path / "lora" / "1" / "thesis.txt").touch()
     assert fake() == 2
     assert "output_dir: expected runs of balora compare, found other files in" in capsys.readouterr().err
+
+
+class Orphaned(Exception):
+    """Raised by what must not run any more once the comparison has ended."""
+
+
+@pytest.mark.parametrize("after", ["start", "setup", "step", "training"])
+def test_a_run_ends_with_its_comparison(tmp_path, monkeypatch, after):
+    """Else the next comparison would start a second process in the same folder."""
+    parent, callbacks = os.getppid(), []
+
+    def ended(at):
+        if at == after:
+            monkeypatch.setattr(os, "getppid", lambda: 1)
+
+    def setup(*_, **__):
+        if after == "start":
+            raise Orphaned
+        ended("setup")
+        state = SimpleNamespace(global_step=1, max_steps=2, is_world_process_zero=True)
+        return SimpleNamespace(add_callback=callbacks.append, state=state), None
+
+    def train(trainer, checkpoint):
+        if after == "setup":
+            raise Orphaned
+        ended("step")
+        callbacks[0].on_step_end(None, trainer.state, None)
+        if after == "step":
+            raise Orphaned
+        ended("training")
+
+    def measured(*_):
+        raise Orphaned
+
+    for name, stub in (("setup", setup), ("train", train)):
+        monkeypatch.setattr(compare_run.train, name, stub)
+    monkeypatch.setattr(compare_run, "_measured", measured)
+    ended("start")
+    parsed = (None, None, SimpleNamespace(eval_strategy="steps"))
+    with pytest.raises(SystemExit, match="error: the comparison that started this run has ended"):
+        compare_run.perform(tmp_path, parent, {"options": {}, "measures": {}}, parsed)
+    assert (tmp_path / compare_run.PROGRESS).exists() == (after == "training")
 
 
 # ---- the measures ----
@@ -355,6 +414,56 @@ def test_classified_features_are_of_the_token_that_is_read(kind):
     assert measure.class_loss(logits, labels) == pytest.approx(sum(nll) / 4)
 
 
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_classified_features_of_an_encoder_decoder_are_of_its_last_end_of_text(kind):
+    from transformers import BartConfig, BartForSequenceClassification, T5Config, T5ForSequenceClassification
+
+    torch.manual_seed(0)
+    shape = dict(d_model=16, vocab_size=50, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, num_labels=3)
+    if kind == "bart":
+        layers = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+        config = BartConfig(**shape, **layers, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=16)
+        model = BartForSequenceClassification(config).eval()
+    else:
+        config = T5Config(**shape, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        model = T5ForSequenceClassification(config).eval()
+    ids = torch.tensor([[5, 2, 7, 2, 1], [2, 9, 4, 3, 2]])
+    batch = dict(input_ids=ids, attention_mask=(ids != 1).long(), labels=torch.tensor([2, 0]))
+    logits, features, _ = measure.classified(model, [batch])
+    with torch.no_grad():
+        torch.testing.assert_close(model.classification_head(features), logits)
+
+
+def test_features_that_are_not_finite_have_no_silhouette_and_no_map():
+    pytest.importorskip("sklearn")
+    x, labels = torch.randn(40, 5), torch.arange(40) % 2
+    for value in (math.nan, math.inf):
+        x[3, 1] = value
+        assert math.isnan(measure.silhouette(x, labels))
+        assert measure.tsne(x) is None
+
+
+def test_a_classifier_is_measured_on_all_rows_and_drawn_with_some(monkeypatch):
+    """Also a diverged one: its run is finished, with measures that are not finite."""
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(compare_run, "_DRAWN", 5)
+    labels = torch.arange(10) // 5  # sorted by class, as data sets often are
+    x = torch.randn(10, 4, generator=torch.Generator().manual_seed(0)) + labels[:, None]
+    logits = torch.nn.functional.one_hot(labels, 2).float()
+    model = SimpleNamespace(config=SimpleNamespace(id2label={0: "a", 1: "b"}))
+    metrics = lambda _: {"accuracy": 0.7, "recall_a": 1.0, "recall_b": math.nan}  # noqa: E731
+    maps = []
+    monkeypatch.setattr(measure, "tsne", maps.append)
+    monkeypatch.setattr(measure, "classified", lambda *_: (logits, x, labels))
+    found = compare_run._of_classifier(model, [], metrics)
+    assert torch.equal(maps[0], x[::2])
+    assert found["classes"] == ["a", "a", "a", "b", "b"]
+    assert found["recalls"] == {"a": 1.0}
+    assert found["measures"]["silhouette"] == measure.silhouette(x, labels)
+    monkeypatch.setattr(measure, "classified", lambda *_: (logits * math.nan, x * math.nan, labels))
+    assert math.isnan(compare_run._of_classifier(model, [], metrics)["measures"]["silhouette"])
+
+
 def test_silhouette_and_tsne():
     pytest.importorskip("sklearn")
     g = torch.Generator().manual_seed(0)
@@ -399,6 +508,11 @@ def test_the_best_is_marked_only_where_intervals_are_apart():
     assert results.bold(runs("a", [1.0]) + runs("b", [2.0]), ["a", "b"]) == set()  # one seed has no interval
     higher = runs("a", [1.0, 1.2], "accuracy") + runs("b", [2.0, 2.2], "accuracy")
     assert results.bold(higher, ["a", "b"]) == {("b", "accuracy")}
+
+
+def test_a_bar_in_a_title_is_no_column():
+    table = results.markdown_table(runs("a", [1.0]), {"a": "x|y"}).splitlines()
+    assert table[2] == r"| x\|y | 1 | 1 |"
 
 
 def test_differences_are_over_the_seeds_that_both_have():

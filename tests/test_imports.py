@@ -202,7 +202,15 @@ MAY_IMPORT = {
         "balora.train",
     },
     "compare_page": {"balora", "balora.elements", "balora.plots", "balora.results"},
-    "compare": {"tqdm", "yaml", "balora.compare_page", "balora.compare_run", "balora.results", "balora.sources"},
+    "compare": {
+        "tqdm",
+        "yaml",
+        "balora.compare_page",
+        "balora.compare_run",
+        "balora.quantized",
+        "balora.results",
+        "balora.sources",
+    },
     "cli": {"transformers", "yaml", "balora", "balora.config"},
 }
 

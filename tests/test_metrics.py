@@ -58,6 +58,20 @@ def test_classes_as_scikit_learn_has_them(seed):
     assert found == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_diverged_has_no_metrics(bad):
+    logits = np.eye(2)[[0, 1, 0]]
+    measure = metrics.of_classes(["a", "b"], [2, 1])
+    names = set(measure(predictions(logits, [0, 1, 0])))
+    logits[2] = bad
+    found = measure(predictions(logits, [0, 1, 0]))
+    assert set(found) == names
+    assert np.isnan(list(found.values())).all()
+    found = metrics.of_numbers(predictions([[1.0], [bad], [3.0]], [1.0, 2.0, 3.0]))
+    assert set(found) == {"pearson", "spearman", "mse"}
+    assert np.isnan(list(found.values())).all()
+
+
 def test_numbers():
     found = metrics.of_numbers(predictions([[1.0], [2.0], [2.0], [9.0]], [1.0, 3.0, 2.0, 4.0]))
     assert found["mse"] == pytest.approx((0 + 1 + 0 + 25) / 4)

@@ -420,6 +420,7 @@ def test_quantize_and_train_by_the_command_line(tmp_path, capsys):
         (dict(adapter="lora"), "adapter: expected 'pissa', which"),
         (dict(quantize="nf4"), "quantize: expected None, which"),
         (dict(target_modules="q_proj"), "target_modules: expected"),
+        (dict(task="nlu"), "model, quantize: expected full precision for what is no causal language model, found the"),
     ]:
         assert cli.main(command(folder, out, **said)) == 2
         assert message in capsys.readouterr().err

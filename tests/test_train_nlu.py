@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -197,6 +198,53 @@ def test_a_head_that_is_there_keeps_the_order_of_its_classes(inputs, tmp_path, c
     own = AutoModelForSequenceClassification.from_pretrained(model).eval()
     rows = list(map(json.loads, (inputs / "test.jsonl").read_text().splitlines()))
     assert torch.allclose(logits(again, model, rows), logits(own, model, rows), atol=1e-6)
+
+
+def test_a_head_is_matched_by_the_names_of_its_classes(inputs, tmp_path, capsys):
+    def head(folder, *names):
+        return bert(tmp_path / folder, BertForSequenceClassification, id2label=dict(enumerate(names)))
+
+    def trained(model, out, **changes):
+        return cli.main(["train", *flags(options(inputs, tmp_path / out, model=model, learning_rate=0, **changes))])
+
+    def weight(folder, ending="classifier.weight"):
+        file = next(Path(folder).glob("*model.safetensors"))
+        return next(tensor for name, tensor in load_file(file).items() if name.endswith(ending))
+
+    upper = head("upper", "RARE", "Often", "SOME")
+    assert trained(upper, "a") == 0
+    assert AutoConfig.from_pretrained(tmp_path / "a" / "lora").id2label == {0: "rare", 1: "often", 2: "some"}
+
+    assert trained(head("unnamed", "LABEL_0", "LABEL_1", "LABEL_2"), "b") == 0
+    said = "model: its head has no names for its 3 classes; taken, in this order, as often, rare, some"
+    assert said in capsys.readouterr().out
+
+    other = head("other", "no", "yes", "maybe")
+    assert trained(other, "c") == 2
+    error = capsys.readouterr().err
+    assert "label: expected the classes of the head at" in error
+    assert "other, no, yes, maybe; found often, rare, some; name them so, or add --ignore_mismatched_sizes" in error
+    assert not (tmp_path / "c").exists()
+    assert trained(other, "d", ignore_mismatched_sizes=True) == 0
+    assert "model: the checkpoint has no classifier; fresh ones are trained in full" in capsys.readouterr().out
+    fresh = weight(tmp_path / "d" / "lora")
+    assert not torch.equal(fresh, weight(other))
+    assert fresh.std() == pytest.approx(0.3, rel=0.3)  # its initializer_range
+    assert not weight(tmp_path / "d" / "lora", "classifier.bias").any()
+
+
+def test_a_run_goes_on_with_the_classes_that_it_began_with(inputs, tmp_path, capsys):
+    values = options(inputs, tmp_path / "run", max_steps=2, save_steps=1, eval_data=None)
+    assert cli.main(["train", *flags(values)]) == 0
+    rows = [{**row, "label": f"not {row['label']}"} for row in texts({"often": 4, "some": 4, "rare": 4})]
+    numbers = [{**row, "label": i / 2} for i, row in enumerate(rows)]
+    for others, found in ((rows, "the classes not often, not rare, not some"), (numbers, "a regression")):
+        changed = {**values, "data": write(tmp_path / "others.jsonl", others), "resume_from_checkpoint": "true"}
+        assert cli.main(["train", *flags(changed)]) == 2
+        error = capsys.readouterr().err
+        assert "label: expected the classes often, rare, some, as in" in error
+        assert f"checkpoint-2; found {found}\n" in error
+    assert cli.main(["train", *flags({**values, "max_steps": 3, "resume_from_checkpoint": "true"})]) == 0
 
 
 def test_a_head_of_another_size_is_replaced_only_when_that_is_said(inputs, tmp_path, capsys):
