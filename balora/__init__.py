@@ -14,8 +14,9 @@ from .four_bit import without_hub_kernels
 from .functional import BALoraOutput, LinearHead
 
 if TYPE_CHECKING:
+    from .export import export_lora
     from .modeling import attach, detach, set_progress
-    from .pissa import export_lora, get_pissa_model, teacher
+    from .pissa import get_pissa_model, teacher
     from .quantized import load_quantized, quantize
 
 __version__ = "0.1.0"
@@ -42,7 +43,7 @@ _LAZY = {
     "attach": "modeling",
     "detach": "modeling",
     "set_progress": "modeling",
-    "export_lora": "pissa",
+    "export_lora": "export",
     "get_pissa_model": "pissa",
     "teacher": "pissa",
     "load_quantized": "quantized",

@@ -22,8 +22,9 @@ from transformers import (
 from . import _import, quantized, tasks
 from .adapters import FROZEN, RESIDUAL_BASE, checkpoint_form
 from .config import BALoraConfig
+from .export import export_lora
 from .modeling import attach, attachment
-from .pissa import export_lora, get_pissa_model, principal_errors
+from .pissa import get_pissa_model, principal_errors
 from .sharding import sharded
 from .targets import as_named, default_targets
 from .tokenized import Tokenized

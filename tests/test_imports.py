@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "__init__": {
         "balora.functional",
         "balora.config",
+        "balora.export",
         "balora.dispatch",
         "balora.four_bit",
         "balora.modeling",
@@ -75,6 +76,7 @@ MAY_IMPORT = {
         "balora.sharding",
         "balora.targets",
     },
+    "export": {"torch", "peft", "safetensors", "balora.adapters", "balora.sharding"},
     "quantized": {
         "torch",
         "peft",
@@ -174,6 +176,7 @@ MAY_IMPORT = {
     },
     "trainer": {"torch", "transformers", "balora.functional", "balora.modeling"},
     "train": {
+        "balora.export",
         "torch",
         "transformers",
         "yaml",
