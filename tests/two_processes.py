@@ -48,3 +48,6 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     main(folder, int(sys.argv[2]), sys.argv[3] == "average")
+    if torch.distributed.is_initialized():  # threads that are still there at the end of a process abort it
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
