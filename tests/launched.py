@@ -60,3 +60,6 @@ if __name__ == "__main__":
     for command in json.loads(sys.argv[1]):
         if status := cli.main(command):
             sys.exit(status)
+    if torch.distributed.is_initialized():  # threads that are still there at the end of a process abort it
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
