@@ -107,12 +107,25 @@ def peak_memory(run: Callable[[], object]) -> int:
         run()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    reset_peak()
     before = _status("VmRSS")
     kept = run()
-    peak = _status("VmHWM")
+    found = peak()
     del kept
-    return peak - before
+    return found - before
+
+
+def reset_peak() -> None:
+    """The peak starts anew from here."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """Bytes at the peak: device memory on CUDA, else resident memory of this process (Linux)."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
 
 
 def _status(field: str) -> int:
