@@ -89,6 +89,13 @@ def copy_bandwidth() -> float:
     return 2 * size / ms * 1e3
 
 
+def product_rate(dtype: torch.dtype) -> float:
+    """Operations a second of a bare product of two square matrices of 8192 rows (2048 on a CPU): the best of 10."""
+    size, device = (8192, "cuda") if torch.cuda.is_available() else (2048, "cpu")
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    return 2 * size**3 / min(interleaved({"product": lambda: a @ b}, 10, warm_up=3)["product"])
+
+
 def median_and_spread(seconds: list[float]) -> tuple[float, float]:
     """Both in milliseconds."""
     if len(seconds) < 2:

@@ -3,12 +3,18 @@
     python benchmarks/training_cost.py ../shared/models/stories15M --length 250 --data ../shared/data/gsm8k/train.jsonl
     python benchmarks/training_cost.py llama-2-7b llama-3-8b gemma-2-2b --out benchmarks/results/training-cost-gpu
 
-A model is a folder, or the name of a shape that is initialized at random (for GPUs). Every method runs in a process of
-its own: peak memory is that process's while it steps, set-up left out. On a CPU the processes take turns, a step each,
-so that a slow moment of the machine meets all of them; on a GPU they run one after the other. All see the same batches
-of full rows. λ is constant, so that every term is computed in every step. The published method is written anew from the
-paper's description: PiSSA of peft, a second model as teacher, both models' logits in full, float32 softmaxes over them,
-``torch.svd_lowrank`` of the logits. Its losses are the gate: balora's must follow them, or no figure is shown.
+A model is a folder, or the name of a public shape, whose weights are then drawn at random. Every method runs in a
+process of its own: the peak is that process's while it steps, without its set-up. On a CPU the processes take turns, a
+step each, so that a slow moment of the machine meets all of them; on a GPU they run one after the other. All see the
+same batches, full rows of which every token is trained on. λ is constant, so that every step computes every term.
+
+The published method is written anew from the paper's text: peft's PiSSA, a second model as the teacher, the logits of
+both in full, float32 softmaxes over them, ``torch.svd_lowrank``. Its losses are the gate: balora shows no figure unless
+its own follow them, step by step.
+
+The floor is a step's products alone, their operations counted in a real step, at the rate of one large bare product.
+Of a few steps more the parts are taken: the forwards of teacher and student up to the head, the loss (the head and all
+behind it, forward and backward), the backward below the head, and the rest (optimizer, clipping, data).
 """
 
 from __future__ import annotations
@@ -21,17 +27,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import harness
+import peft
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 import balora
-from balora import data as balora_data
-from balora import targets, trainer as balora_trainer
+from balora.data import read, tokenize
+from balora.targets import default_targets
+from balora.trainer import BALoraTrainer
 
 METHODS = {
     "full": "full fine-tuning",
@@ -40,8 +51,9 @@ METHODS = {
     "published": "BA-LoRA as published",
     "balora": "BA-LoRA with balora",
 }
+PARTS = ("teacher", "student", "loss", "backward", "rest")
+PART_STEPS = 3
 ALL_TERMS = balora.BALoraConfig(consistency_schedule="constant", focus_schedule="constant")
-WARM_UP = 3  # steps that are not counted: allocators and caches fill
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 0.02  # of balora's losses, against the published method's
 
@@ -67,22 +79,23 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def child(spec: dict[str, Any]) -> None:
-    """Set up, then a step for every line on stdin; one JSON object a step on stdout."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-
-    set_seed(0)
+    """Set up, then a step for every line on stdin, and a JSON object a step on stdout."""
+    torch.manual_seed(0)
     model, teacher = build(spec)
-    batches = json.loads(Path(spec["batches"]).read_text())
-    steps = WARM_UP + spec["steps"] + 1  # the last one is timed part by part
-    timer = Parts()
+    rows = json.loads(Path(spec["rows"]).read_text())
+    first_parts = spec["warm_up"] + spec["steps"]
+    parts = Parts()
+    operations: list[int] = []
 
     class Steps(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 0:
                 harness.reset_peak()
-            if state.global_step == steps - 1:
-                timer.start(trainer.model, teacher, trainer.accelerator)
-            say({"step": state.global_step})
+            if state.global_step == first_parts:
+                parts.attach(trainer.model, teacher, trainer.accelerator)
+            if state.global_step == state.max_steps - 1:
+                trainer.training_step = counted(trainer.training_step, operations)
+            say({"ready": state.global_step})
             sys.stdin.readline()
             harness.synchronize()
             self.start = time.perf_counter()
@@ -92,13 +105,18 @@ def child(spec: dict[str, Any]) -> None:
             self.seconds = time.perf_counter() - self.start
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            if "loss" in logs:
-                found = {"seconds": self.seconds, "loss": float(logs["loss"]), "peak": harness.peak()}
-                if state.global_step == steps:
-                    found["parts"] = timer.parts(self.seconds)
-                say(found)
+            if "loss" not in logs:
+                return
+            found = {"seconds": self.seconds, "loss": float(logs["loss"]), "peak": harness.peak()}
+            if state.global_step == state.max_steps:
+                found["operations"] = sum(operations)
+            elif state.global_step > first_parts:
+                found["parts"] = parts.of_step(self.seconds)
+            say(found)
+            if state.global_step == state.max_steps:
+                sys.stdin.readline()  # what follows would disturb the steps of the others
 
-    class Plain(Trainer):
+    class CostTrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             if teacher is None:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -110,22 +128,21 @@ def child(spec: dict[str, Any]) -> None:
     arguments = TrainingArguments(
         spec["scratch"],
         per_device_train_batch_size=spec["batch"],
-        max_steps=steps,
-        learning_rate=spec["learning_rate"],
+        max_steps=steps_of(spec),
+        learning_rate=2e-5,
         lr_scheduler_type="constant",
         bf16=spec["dtype"] == "bfloat16",
         gradient_checkpointing=spec["checkpointing"],
-        gradient_checkpointing_kwargs={"use_reentrant": False} if spec["checkpointing"] else None,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=1,
-        logging_nan_inf_filter=False,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
         use_cpu=DEVICE == "cpu",
     )
-    rows = [{"input_ids": row, "labels": row} for row in batches]
-    trainer_class = balora_trainer.BALoraTrainer if spec["method"] == "balora" else Plain
-    trainer = trainer_class(model, arguments, train_dataset=rows, callbacks=[Steps()])
+    trainer_class = BALoraTrainer if spec["method"] == "balora" else CostTrainer
+    examples = [{"input_ids": row, "labels": row} for row in rows]
+    trainer = trainer_class(model, arguments, train_dataset=examples, callbacks=[Steps()])
     trainer.train()
 
 
@@ -135,13 +152,9 @@ def say(message: dict) -> None:
 
 def build(spec: dict[str, Any]):
     """The model of a method, and the published method's second model."""
-    import peft
-
     method, r = spec["method"], spec["r"]
     model = load(spec)
     model.config.use_cache = False
-    if spec["checkpointing"]:
-        model.enable_input_require_grads()
     if method == "full":
         return model, None
     if method == "balora":
@@ -150,7 +163,7 @@ def build(spec: dict[str, Any]):
     config = peft.LoraConfig(
         r=r,
         lora_alpha=r,
-        target_modules=targets.default_targets(model),
+        target_modules=default_targets(model),
         task_type="CAUSAL_LM",
         init_lora_weights=True if method == "lora" else "pissa_niter_4",
     )
@@ -175,8 +188,6 @@ def published_loss(ce: Tensor, logits: Tensor, teacher_logits: Tensor, labels: T
 
 
 def load(spec: dict[str, Any]) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     dtype = getattr(torch, spec["dtype"])
     if spec["model"] not in SHAPES:
         return AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype, local_files_only=True)
@@ -186,178 +197,292 @@ def load(spec: dict[str, Any]) -> nn.Module:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=dtype)
 
 
+def counted(step: Callable[..., Any], operations: list[int]) -> Callable[..., Any]:
+    """The training step, adding the floating-point operations of its products, forward and backward, to the list."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            result = step(*args, **kwargs)
+        operations.append(counter.get_total_flops())
+        return result
+
+    return run
+
+
 class Parts:
-    """Where one step's time goes: hooks around the decoder, the backward and the gradient of the last hidden state.
+    """Where a step's time goes: hooks around the decoder, the backward and the gradient of the last hidden state."""
 
-    ``loss`` is the head and everything behind it, forward and backward, wherever a method computes it.
-    """
+    def __init__(self) -> None:
+        self.at: dict[str, float] = {}
 
-    def start(self, model: nn.Module, teacher: nn.Module | None, accelerator: Any) -> None:
-        self.marks: list[tuple[str, float]] = []
+    def attach(self, model: nn.Module, teacher: nn.Module | None, accelerator: Any) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         decoder = base.get_decoder()
-        decoder.register_forward_pre_hook(lambda *_: self.mark("in", torch.is_grad_enabled()))
+        decoder.register_forward_pre_hook(lambda *_: self.mark("in" if torch.is_grad_enabled() else "teacher in"))
         decoder.register_forward_hook(self._out)
         if teacher is not None:
-            teacher.register_forward_pre_hook(lambda *_: self.mark("in", False))
-            teacher.register_forward_hook(lambda *_: self.mark("out", False))
+            teacher.register_forward_pre_hook(lambda *_: self.mark("teacher in"))
+            teacher.register_forward_hook(lambda *_: self.mark("teacher out"))
         backward = accelerator.backward
 
         def timed(loss: Tensor, **kwargs: Any) -> None:
-            self.mark("backward", True)
             backward(loss, **kwargs)
-            self.mark("end", True)
+            self.mark("end")
 
         accelerator.backward = timed
 
-    def mark(self, name: str, student: bool) -> None:
+    def mark(self, name: str) -> None:
         harness.synchronize()
-        self.marks.append((name if student else f"teacher {name}", time.perf_counter()))
+        self.at[name] = time.perf_counter()
 
     def _out(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.mark("out", torch.is_grad_enabled())
-        hidden = output.last_hidden_state
-        if hidden.requires_grad:
-            hidden.register_hook(lambda grad: self.mark("hidden", True))
+        if not torch.is_grad_enabled():
+            return self.mark("teacher out")
+        output.last_hidden_state.register_hook(lambda grad: self.mark("hidden"))
+        return self.mark("out")
 
-    def parts(self, total: float) -> dict[str, float]:
-        at = dict(self.marks)
-        teacher = at["teacher out"] - at["teacher in"] if "teacher in" in at else 0.0
+    def of_step(self, seconds: float) -> dict[str, float]:
+        at = self.at
         found = {
-            "teacher": teacher,
+            "teacher": at.get("teacher out", 0.0) - at.get("teacher in", 0.0),
             "student": at["out"] - at["in"],
             "loss": at["hidden"] - at["out"],
             "backward": at["end"] - at["hidden"],
         }
-        return found | {"rest": total - sum(found.values())}
+        return found | {"rest": seconds - sum(found.values())}
 
 
 # ---------------------------------------------------------------- all methods
 
 
-def measure(spec: dict[str, Any], methods: list[str], data: Path | None, take_turns: bool) -> list[dict[str, Any]]:
-    """One row a method: seconds a step, peak, parts, losses."""
+def steps_of(spec: dict[str, Any]) -> int:
+    return spec["warm_up"] + spec["steps"] + PART_STEPS + 1  # the last one counts operations
+
+
+def measure(spec: dict[str, Any], methods: list[str], data: Path | None, rate: float) -> list[dict[str, Any]]:
+    """A row for each method: seconds a step, peak, parts and losses, or why there are none."""
     with tempfile.TemporaryDirectory() as scratch:
-        batches = Path(scratch) / "rows.json"
-        rows = packed(spec, data) if data else drawn(spec)
-        batches.write_text(json.dumps(rows))
-        found = {name: [] for name in methods}
-        running: dict[str, subprocess.Popen] = {}
-        for group in [methods] if take_turns else [[name] for name in methods]:
-            for name in group:
-                harness.progress(f"{name}: setting up")
-                own = spec | {"method": name, "scratch": scratch, "batches": str(batches)}
-                running[name] = start(own)
-            for step in range(WARM_UP + spec["steps"] + 1):
-                for name in group:
-                    harness.progress(f"step {step + 1} of {WARM_UP + spec['steps'] + 1}: {name}")
-                    if (answer := one_step(running[name])) is not None:
-                        found[name].append(answer)
-            for name in group:
-                running[name].stdin.close()
-                running[name].wait()
-        harness.progress("")
-    return [summary(spec, name, found[name], running[name]) for name in methods]
+        rows_file = Path(scratch) / "rows.json"
+        rows_file.write_text(json.dumps(token_rows(spec, data)))
+        spec = spec | {"scratch": scratch, "rows": str(rows_file)}
+        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
+        failed: dict[str, str] = {}
+        for group in [methods] if DEVICE == "cpu" else [[name] for name in methods]:
+            running = {name: Child(spec | {"method": name}) for name in group}
+            for step in range(steps_of(spec)):
+                for name, process in running.items():
+                    harness.progress(f"{spec['model']}: step {step + 1} of {steps_of(spec)}, {METHODS[name]}")
+                    if name not in failed and (answer := process.step()) is not None:
+                        answers[name].append(answer)
+                    elif name not in failed:
+                        failed[name] = process.why()
+            for process in running.values():
+                process.end()
+    harness.progress("")
+    rows = [summary(spec, name, answers[name], failed.get(name), rate) for name in methods]
+    return gated(rows)
 
 
-def start(spec: dict[str, Any]) -> subprocess.Popen:
-    errors = tempfile.TemporaryFile("w+")
-    process = subprocess.Popen(
-        [sys.executable, __file__, "--child", json.dumps(spec)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-        env={**os.environ, "PYTHONPATH": harness.python_path(), "HF_HUB_OFFLINE": "1"},
-    )
-    process.errors = errors
-    return process
+class Child:
+    """A method's process, which makes a step when it is told to."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--child", json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env={**os.environ, "PYTHONPATH": harness.python_path(), "HF_HUB_OFFLINE": "1"},
+        )
+
+    def step(self) -> dict[str, Any] | None:
+        """None where the process has ended."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        if not self.process.stdout.readline():  # "ready": set up, or back from the last step
+            return None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        return json.loads(answer) if answer else None
+
+    def why(self) -> str:
+        self.process.wait()
+        self.errors.seek(0)
+        lines = self.errors.read().strip().splitlines()
+        return lines[-1][:160] if lines else f"ended with status {self.process.returncode}"
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.errors.close()
 
 
-def one_step(process: subprocess.Popen) -> dict[str, Any] | None:
-    """Let a process make its next step; None where it has ended."""
-    if not process.stdout.readline():  # it is set up and waits
-        return None
-    try:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    except BrokenPipeError:
-        return None
-    answer = process.stdout.readline()
-    return json.loads(answer) if answer else None
+def summary(
+    spec: dict[str, Any], name: str, steps: list[dict[str, Any]], failed: str | None, rate: float
+) -> dict[str, Any]:
+    given = ("dtype", "batch", "length", "r", "checkpointing")
+    row: dict[str, Any] = {"model": Path(spec["model"]).name, "method": name, "note": failed or ""}
+    row |= {key: spec[key] for key in given}
+    if failed:
+        return row
+    timed = [step["seconds"] for step in steps[spec["warm_up"] : -PART_STEPS - 1]]
+    ms, spread = harness.median_and_spread(timed)
+    row |= {"seconds": ms / 1e3, "spread": spread / 1e3, "peak_GB": steps[-1]["peak"] / 1e9}
+    row |= {"TFLOP": steps[-1]["operations"] / 1e12, "floor": steps[-1]["operations"] / rate}
+    shares = [step["parts"] for step in steps[-PART_STEPS - 1 : -1]]
+    row |= {part: statistics.median(share[part] for share in shares) for part in PARTS}
+    return row | {"losses": [step["loss"] for step in steps]}
 
 
-def summary(spec: dict[str, Any], name: str, steps: list[dict[str, Any]], process: subprocess.Popen) -> dict[str, Any]:
-    row: dict[str, Any] = {"method": name, "checkpointing": spec["checkpointing"]}
-    if len(steps) < WARM_UP + spec["steps"] + 1:
-        process.errors.seek(0)
-        return row | {"note": (process.errors.read().strip().splitlines() or ["ended early"])[-1][:150]}
-    counted = steps[WARM_UP:-1]
-    ms, spread = harness.median_and_spread([step["seconds"] for step in counted])
-    row |= {"seconds": ms / 1e3, "spread": spread / 1e3, "peak": counted[-1]["peak"]}
-    return row | {"losses": [step["loss"] for step in steps], "parts": steps[-1]["parts"]}
+def gated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """balora's row without figures where its losses leave those of the published method; ratios to PiSSA in all."""
+    by_method = {row["method"]: row for row in rows if "seconds" in row}
+    ours, published, pissa = (by_method.get(name) for name in ("balora", "published", "pissa"))
+    if ours and published:
+        pairs = zip(ours["losses"], published["losses"], strict=True)
+        apart = max(abs(a - b) / max(abs(b), 1e-6) for a, b in pairs)
+        ours["apart"] = apart
+        if not apart <= TOLERANCE:
+            for key in ("seconds", "spread", "peak_GB", "TFLOP", "floor", *PARTS):
+                del ours[key]
+            ours["note"] = f"its losses are {apart:.1%} from the published method's, allowed {TOLERANCE:.0%}"
+    elif ours:
+        ours["note"] = "losses not checked: the published method did not run"
+    for row in rows if pissa else []:
+        if "seconds" in row:
+            pairs = {"x_seconds": "seconds", "x_peak": "peak_GB", "x_TFLOP": "TFLOP"}
+            row |= {ratio: row[key] / pissa[key] for ratio, key in pairs.items()}
+    return rows
 
 
-def packed(spec: dict[str, Any], data: Path) -> list[list[int]]:
-    """Rows of exactly ``length`` tokens: the texts of the file one behind the other, every token trained on."""
-    from transformers import AutoTokenizer
-
+def token_rows(spec: dict[str, Any], data: Path | None) -> list[list[int]]:
+    """Rows of exactly ``length`` tokens for all steps: the texts of a file one behind the other, or drawn."""
+    count, length = spec["batch"] * steps_of(spec), spec["length"]
+    if data is None:
+        vocab = AutoConfig.from_pretrained(spec["model"]).vocab_size if spec["model"] not in SHAPES else None
+        vocab = vocab or SHAPES[spec["model"]]["vocab_size"]
+        return torch.randint(vocab, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
     tokenizer = AutoTokenizer.from_pretrained(spec["model"], local_files_only=True)
-    examples = balora_data.tokenize(balora_data.read(str(data)), tokenizer, max_length=spec["length"], source=str(data))
-    tokens = [token for row in examples.examples for token in row["input_ids"]]
-    count, length = spec["batch"] * (WARM_UP + spec["steps"] + 1), spec["length"]
-    if len(tokens) < count * length:
-        tokens = tokens * (count * length // len(tokens) + 1)
+    examples = tokenize(read(str(data)), tokenizer, max_length=length, source=str(data)).examples
+    tokens = [token for example in examples for token in example["input_ids"]]
+    tokens = tokens * (count * length // len(tokens) + 1)
     return [tokens[i * length : (i + 1) * length] for i in range(count)]
 
 
-def drawn(spec: dict[str, Any]) -> list[list[int]]:
-    g = torch.Generator().manual_seed(0)
-    count = spec["batch"] * (WARM_UP + spec["steps"] + 1)
-    return torch.randint(SHAPES[spec["model"]]["vocab_size"], (count, spec["length"]), generator=g).tolist()
+# ---------------------------------------------------------------- what is shown
 
 
-def main() -> None:
+COLUMNS = {
+    "name": "method",
+    "peak": "peak, GB",
+    "x_peak": "× PiSSA",
+    "step": "s a step",
+    "spread": "±",
+    "x_seconds": "× PiSSA",
+    "floor": "floor, s",
+    "x_TFLOP": "× PiSSA",
+    **{part: part for part in PARTS},
+    "note": "",
+}
+
+
+def shown(row: dict[str, Any]) -> dict[str, str]:
+    cells = {"name": METHODS[row["method"]], "note": row["note"]}
+    if "seconds" in row:
+        cells |= {"peak": f"{row['peak_GB']:.2f}", "step": f"{row['seconds']:.3f}", "spread": f"{row['spread']:.3f}"}
+        cells |= {"floor": f"{row['floor']:.3f}"}
+        cells |= {key: f"{row[key]:.2f}" for key in ("x_peak", "x_seconds", "x_TFLOP") if key in row}
+        cells |= {part: f"{row[part]:.3f}" for part in PARTS if row[part] or part != "teacher"}
+    return cells
+
+
+def heading(row: dict[str, Any]) -> str:
+    how = "with gradient checkpointing" if row["checkpointing"] else "without gradient checkpointing"
+    return f"{row['model']}, {row['batch']} × {row['length']} tokens, {row['dtype']}, r = {row['r']}, {how}"
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Seconds a step by part, and the peak, a bar for each method."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if "seconds" in row][::-1]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 0.45 * len(rows) + 1.5), width_ratios=(2, 1), sharey=True, layout="constrained"
+    )
+    names = [METHODS[row["method"]] for row in rows]
+    colours = ("#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#999999")  # Okabe and Ito
+    start = [0.0] * len(rows)
+    for part, colour in zip(PARTS, colours, strict=True):
+        # The parts come from other steps than the median: scaled to it.
+        widths = [row["seconds"] * row[part] / sum(row[p] for p in PARTS) for row in rows]
+        left.barh(names, widths, left=start, color=colour, label=part)
+        start = [a + b for a, b in zip(start, widths, strict=True)]
+    right.barh(names, [row["peak_GB"] for row in rows], color="#999999")
+    for axis, key, unit, ratio in ((left, "seconds", "s", "x_seconds"), (right, "peak_GB", "GB", "x_peak")):
+        for i, row in enumerate(rows):
+            times = f" ({row[ratio]:.2f} ×)" if ratio in row else ""
+            axis.text(row[key], i, f" {row[key]:.2f} {unit}{times}", va="center", fontsize=9)
+        axis.set_xlim(0, 1.35 * max(row[key] for row in rows))
+        axis.spines[["top", "right"]].set_visible(False)
+    left.set_xlabel("seconds a step")
+    right.set_xlabel("peak memory, GB")
+    floors = [row["floor"] for row in rows]
+    left.plot(floors, names, "k|", markersize=14, label="floor: its products alone")
+    figure.legend(loc="outside lower left", ncols=len(PARTS) + 1, frameon=False, fontsize=9)
+    figure.suptitle(heading(rows[0]), x=0.01, ha="left", fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--r", type=int, default=128)
-    parser.add_argument("--dtype", default="float32" if DEVICE == "cpu" else "bfloat16")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=f"a folder, or one of {', '.join(SHAPES)}")
+    parser.add_argument("--data", type=Path, help="of the kind that balora train takes; unset: random tokens")
+    parser.add_argument("--batch", type=int, default=4, help="rows")
+    parser.add_argument("--length", type=int, default=512, help="tokens a row")
+    parser.add_argument("--r", type=int, default=128, help="rank of the adapters (default 128)")
+    parser.add_argument("--dtype", default="float32" if DEVICE == "cpu" else "bfloat16", help="of the base weights")
+    parser.add_argument("--steps", type=int, default=20, help="that are timed (default 20)")
+    parser.add_argument("--warm_up", type=int, default=3, help="steps before them (default 3)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--checkpointing", nargs="+", default=["off", "on"], choices=["off", "on"])
+    parser.add_argument("--out", type=Path, help="writes OUT.md and OUT.csv, and OUT-MODEL[-checkpointing].png")
     arguments = parser.parse_args()
+    rate = harness.product_rate(getattr(torch, arguments.dtype))
+    machine = harness.machine() | {"products": f"{rate / 1e12:.2f} TFLOP/s"}
+    text = ["# What a training step costs", "", ", ".join(f"{k} {v}" for k, v in machine.items())]
+    print("\n".join(text))
+    everything: list[dict[str, Any]] = []
     for model in arguments.models:
         for checkpointing in arguments.checkpointing:
-            spec = dict(
-                model=model, batch=arguments.batch, length=arguments.length, r=arguments.r, dtype=arguments.dtype
-            )
-            spec |= dict(steps=arguments.steps, checkpointing=checkpointing == "on", learning_rate=2e-5)
-            rows = measure(spec, arguments.methods, arguments.data, DEVICE == "cpu")
-            base = next((r for r in rows if r["method"] == "pissa"), {})
-            for row in rows:
-                print({k: v for k, v in row.items() if k not in ("losses", "parts")})
-                if "seconds" in row:
-                    print(
-                        "   ",
-                        {k: f"{v:.3f}" for k, v in row["parts"].items()},
-                        "losses",
-                        row["losses"][0],
-                        row["losses"][-1],
-                        "x PiSSA",
-                        row["seconds"] / base.get("seconds", 1),
-                        row["peak"] / 2**20,
-                        row["peak"] / base.get("peak", 1),
-                        flush=True,
-                    )
+            options = ("batch", "length", "r", "dtype", "steps", "warm_up")
+            spec = {"model": model, "checkpointing": checkpointing == "on"}
+            spec |= {name: getattr(arguments, name) for name in options}
+            rows = measure(spec, arguments.methods, arguments.data, rate)
+            text.append(f"\n## {heading(rows[0])}\n\n" + harness.table([shown(row) for row in rows], COLUMNS))
+            everything += rows
+            print(text[-1], flush=True)
+            if arguments.out:
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                arguments.out.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")
+                without = [{k: v for k, v in row.items() if k != "losses"} | machine for row in everything]
+                harness.write_csv(arguments.out.with_suffix(".csv"), without)
+                suffix = "-checkpointing" if checkpointing == "on" else ""
+                draw(rows, arguments.out.with_name(f"{arguments.out.name}-{Path(model).name.lower()}{suffix}.png"))
+    return any(row["method"] == "balora" and "seconds" not in row for row in everything)
 
 
 if __name__ == "__main__":
     CHANNEL = sys.stdout
     if sys.argv[1:2] == ["--child"]:
-        sys.stdout = sys.stderr  # what libraries print
+        sys.stdout = sys.stderr  # for what libraries print
         child(json.loads(sys.argv[2]))
     else:
-        main()
+        sys.exit(main())
