@@ -3,7 +3,7 @@
     python benchmarks/training_cost.py ../shared/models/stories15M --length 250 --data ../shared/data/gsm8k/train.jsonl
     python benchmarks/training_cost.py llama-2-7b llama-3-8b gemma-2-2b --out benchmarks/results/training-cost-gpu
 
-A model is a folder, or the name of a public shape, whose weights are then drawn at random. Every method runs in a
+A model is a folder, or the name of a public shape; without weights they are drawn at random. Every method runs in a
 process of its own: the peak is that process's while it steps, without its set-up. On a CPU the processes take turns, a
 step each, so that a slow moment of the machine meets all of them; on a GPU they run one after the other. All see the
 same batches, full rows of which every token is trained on. λ is constant, so that every step computes every term.
@@ -37,7 +37,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import balora
 from balora.data import read, tokenize
@@ -188,13 +196,18 @@ def published_loss(ce: Tensor, logits: Tensor, teacher_logits: Tensor, labels: T
 
 
 def load(spec: dict[str, Any]) -> nn.Module:
-    dtype = getattr(torch, spec["dtype"])
-    if spec["model"] not in SHAPES:
-        return AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype, local_files_only=True)
-    shape = dict(SHAPES[spec["model"]])
+    dtype, folder = getattr(torch, spec["dtype"]), Path(spec["model"])
+    if any(folder.glob("*.safetensors")):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=dtype)
+        return AutoModelForCausalLM.from_config(config_of(spec["model"]), dtype=dtype)
+
+
+def config_of(model: str) -> PreTrainedConfig:
+    if model in SHAPES:
+        return AutoConfig.for_model(**SHAPES[model])
+    return AutoConfig.from_pretrained(model, local_files_only=True)
 
 
 def counted(step: Callable[..., Any], operations: list[int]) -> Callable[..., Any]:
@@ -363,8 +376,7 @@ def token_rows(spec: dict[str, Any], data: Path | None) -> list[list[int]]:
     """Rows of exactly ``length`` tokens for all steps: the texts of a file one behind the other, or drawn."""
     count, length = spec["batch"] * steps_of(spec), spec["length"]
     if data is None:
-        vocab = AutoConfig.from_pretrained(spec["model"]).vocab_size if spec["model"] not in SHAPES else None
-        vocab = vocab or SHAPES[spec["model"]]["vocab_size"]
+        vocab = config_of(spec["model"]).vocab_size
         return torch.randint(vocab, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
     tokenizer = AutoTokenizer.from_pretrained(spec["model"], local_files_only=True)
     examples = tokenize(read(str(data)), tokenizer, max_length=length, source=str(data)).examples
@@ -455,6 +467,11 @@ def main() -> int:
     parser.add_argument("--checkpointing", nargs="+", default=["off", "on"], choices=["off", "on"])
     parser.add_argument("--out", type=Path, help="writes OUT.md and OUT.csv, and OUT-MODEL[-checkpointing].png")
     arguments = parser.parse_args()
+    for model in arguments.models:
+        if model not in SHAPES and not Path(model, "config.json").is_file():
+            parser.error(f"MODEL: expected a folder with a config.json or one of {', '.join(SHAPES)}, found {model!r}")
+    if arguments.data and not arguments.data.is_file():
+        parser.error(f"--data: expected a file, found {str(arguments.data)!r}")
     rate = harness.product_rate(getattr(torch, arguments.dtype))
     machine = harness.machine() | {"products": f"{rate / 1e12:.2f} TFLOP/s"}
     text = ["# What a training step costs", "", ", ".join(f"{k} {v}" for k, v in machine.items())]
