@@ -76,7 +76,8 @@ MAY_IMPORT = {
         "balora.sharding",
         "balora.targets",
     },
-    "export": {"torch", "peft", "safetensors", "balora.adapters", "balora.sharding"},
+    "checkpoints": {"safetensors"},
+    "export": {"torch", "peft", "safetensors", "balora.adapters", "balora.checkpoints", "balora.sharding"},
     "quantized": {
         "torch",
         "peft",
@@ -182,6 +183,7 @@ MAY_IMPORT = {
         "yaml",
         "balora",
         "balora.adapters",
+        "balora.checkpoints",
         "balora.config",
         "balora.modeling",
         "balora.pissa",
