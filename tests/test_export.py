@@ -122,7 +122,10 @@ def test_a_classifier_keeps_its_classes(inputs, tmp_path, adapter, capsys):
 @pytest.mark.parametrize("form", ["offset", "residual"])
 def test_ranks_and_scalings_of_patterns(tmp_path, form):
     """Of a model that Hugging Face's Trainer trains: no recipe, and in the residual form no config.json."""
-    patterns = dict(rank_pattern={"q_proj": 3, "^model.layers.1.mlp.up_proj": 5}, alpha_pattern={"v_proj": 7})
+    patterns = dict(
+        rank_pattern={"q_proj": 3, "^model.layers.1.mlp.up_proj": 5},
+        alpha_pattern={"^model.layers.1.self_attn.v_proj": 7},
+    )
     model = balora.get_pissa_model(tiny_llama(), r=4, lora_alpha=6, use_rslora=True, form=form, **patterns)
     train_a_little(model)
     trainer = Trainer(model, TrainingArguments(tmp_path / "run", use_cpu=True))
