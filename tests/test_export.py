@@ -17,6 +17,8 @@ from .test_train_nlu import bert, loaded, logits, texts, write
 
 WEIGHTS = "adapter_model.safetensors"
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
