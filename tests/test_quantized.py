@@ -404,6 +404,7 @@ def command(model, out, **changes):
     return ["train", *(word for name, value in {**values, **changes}.items() for word in (f"--{name}", str(value)))]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_quantize_and_train_by_the_command_line(tmp_path, capsys):
     full = tiny_checkpoint(tmp_path / "full", TEMPLATE, **WIDE)
     folder, out = tmp_path / "nf4", tmp_path / "run"
@@ -450,6 +451,7 @@ def test_quantize_and_train_by_the_command_line(tmp_path, capsys):
     assert all(torch.equal(t, resumed[name]) for name, t in whole.items())
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_train_quantizes_as_it_loads(tmp_path, capsys):
     full, out = tiny_checkpoint(tmp_path / "full", TEMPLATE, **WIDE), tmp_path / "run"
     assert cli.main(command(full, out, quantize="int3", r=4)) == 2
