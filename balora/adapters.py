@@ -156,9 +156,13 @@ def initial_scaling(module: LoraLayer, adapter: str) -> float:
 
 def factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """left [out, 2r], right [2r, in] in float64 with left·right = s·(BA − B₀A₀), the change of W."""
-    a0, b0 = frozen(module, adapter)
     a, b = full(module.lora_A[adapter].weight), full(module.lora_B[adapter].weight)
-    left = [b.double() * module.scaling[adapter], -b0.double() * initial_scaling(module, adapter)]
+    return side_by_side(a, b, *frozen(module, adapter), module.scaling[adapter], initial_scaling(module, adapter))
+
+
+def side_by_side(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, s: float, s0: float) -> tuple[Tensor, Tensor]:
+    """left [out, 2r], right [2r, in] in float64 with left·right = s·BA − s₀·B₀A₀."""
+    left = [b.double() * s, -b0.double() * s0]
     return torch.cat(left, dim=1), torch.cat([a.double(), a0.double()], dim=0)
 
 

@@ -12,8 +12,8 @@ from . import __version__, _import, info
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``balora train …``, ``compare …``, ``quantize …``, ``info``; returns the exit status: 0, 1 where runs of a
-    comparison failed, 2 for arguments or data that do not fit, 130 for a comparison that was interrupted."""
+    """``balora train …``, ``export …``, ``compare …``, ``quantize …``, ``info``; returns the exit status: 0, 1 where
+    runs of a comparison failed, 2 for arguments or data that do not fit, 130 for an interrupted comparison."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["compare-run"]:  # the process of one run of a comparison
         return _compare_run(*argv[1:])
@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"balora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("train", add_help=False, help="fine-tune a model; `balora train --help` lists every option")
+    commands.add_parser("export", add_help=False, help="the LoRA of a run that was ended early, from its checkpoint")
     commands.add_parser(
         "compare",
         add_help=False,
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     if command == "info":
         info()
         return 0
-    return {"train": _train, "compare": _compare, "quantize": _quantize}[command](argv[1:])
+    return {"train": _train, "export": _export, "compare": _compare, "quantize": _quantize}[command](argv[1:])
 
 
 def _train(argv: list[str]) -> int:
@@ -46,6 +47,36 @@ def _train(argv: list[str]) -> int:
         print(f"balora train: error: {error}", file=sys.stderr)
         return 2
     run.train(*ready)
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="balora export",
+        description="The LoRA that `balora train` writes at its end, made from a checkpoint of a run that did not get "
+        "there. It is a plain PEFT LoRA, which loads without balora. Neither the base model nor the data are read.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "run_dir",
+        metavar="RUN_DIR",
+        help="output folder of `balora train`, of which the newest complete checkpoint is taken, or one checkpoint",
+    )
+    parser.add_argument("out_dir", metavar="OUT_DIR", help="a new or empty folder")
+    parser.add_argument(
+        "--onto",
+        choices=("pretrained", "residual"),
+        help="of a run on a base of `balora quantize`: the LoRA for its own 4-bit weights (residual, the default) or "
+        "for the full-precision model that they were made of (pretrained)",
+    )
+    options = parser.parse_args(argv)
+    try:
+        export = _import("export")
+        checkpoint = export.export_run(options.run_dir, options.out_dir, options.onto)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        print(f"balora export: error: {error}", file=sys.stderr)
+        return 2
+    print(f"LoRA:  {options.out_dir}, of {checkpoint} ({export.how_to_load(options.out_dir)})")
     return 0
 
 

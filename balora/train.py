@@ -19,10 +19,10 @@ from transformers import (
     set_seed,
 )
 
-from . import _import, quantized, tasks
+from . import _import, checkpoints, quantized, tasks
 from .adapters import FROZEN, RESIDUAL_BASE, checkpoint_form
 from .config import BALoraConfig
-from .export import export_lora
+from .export import export_lora, how_to_load
 from .modeling import attach, attachment
 from .pissa import get_pissa_model, principal_errors
 from .sharding import sharded
@@ -258,12 +258,9 @@ def train(trainer: BALoraTrainer, checkpoint: str | None) -> Path:
     made_of = getattr(model.get_base_model().config, RESIDUAL_BASE, None)
     if trainer.args.should_save or sharded(model):
         export_lora(model, folder, "residual" if made_of else "pretrained")
-    how = "load it with peft.PeftModel.from_pretrained"
-    if attachment(model)[1].config.task == "nlu":
-        if trainer.args.should_save:
-            model.config.save_pretrained(folder)  # the classes, and their names
-        how += " on AutoModelForSequenceClassification with the config.json that lies there"
-    tasks.say(f"LoRA:  {folder} ({how}; the checkpoints are for resuming only)")
+    if attachment(model)[1].config.task == "nlu" and trainer.args.should_save:
+        model.config.save_pretrained(folder)  # the classes, and their names
+    tasks.say(f"LoRA:  {folder} ({how_to_load(folder)}; the checkpoints are for resuming only)")
     if made_of:
         if trainer.args.should_save or sharded(model):
             export_lora(model, folder.with_name(LORA_PRETRAINED))
@@ -291,7 +288,7 @@ def _checkpoint(training: TrainingArguments) -> str | None:
     folder = Path(str(training.output_dir))
     if folder.is_file():
         raise ValueError(f"output_dir: expected a folder, found the file {folder}")
-    found = sorted(folder.glob("checkpoint-*"), key=_step, reverse=True)
+    found = checkpoints.newest_first(folder)
     asked = training.resume_from_checkpoint
     if asked is None or str(asked).lower() == "false":
         if found:
@@ -303,14 +300,13 @@ def _checkpoint(training: TrainingArguments) -> str | None:
             raise ValueError(f"output_dir: {folder} holds the LoRA of an earlier run; name another folder")
         return None
     if str(asked).lower() != "true":
-        if not _complete(Path(asked)):
+        if not checkpoints.resumable(Path(asked)):
             raise ValueError(f"resume_from_checkpoint: expected 'true' or a complete checkpoint, found {asked!r}")
         return str(asked)
-    for path in found:
-        if _complete(path):
-            tasks.say(f"resume: from {path}")
-            return str(path)
-        tasks.say(f"resume: {path} is incomplete (the run ended while it was written), looking further back")
+    path = checkpoints.newest(folder, checkpoints.resumable, lambda text: tasks.say(f"resume: {text}"))
+    if path is not None:
+        tasks.say(f"resume: from {path}")
+        return str(path)
     tasks.say(f"resume: no complete checkpoint in {folder}, starting from the beginning")
     return None
 
@@ -363,22 +359,6 @@ def _check_adapters(model: Any, form: str | None, checkpoint: str) -> None:
                 f"{name}: expected {there}, as in {checkpoint}, found {here}; a run goes on with the adapters that it "
                 "began with"
             )
-
-
-def _step(path: Path) -> int:
-    number = path.name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
-
-
-def _complete(path: Path) -> bool:
-    """The Trainer writes trainer_state.json last."""
-    try:
-        json.loads((path / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    # One process and DDP; FSDP; ZeRO, which has its scheduler in there.
-    optimizer = (path / "optimizer.pt", path / "optimizer.bin", path / "latest")
-    return (path / "adapter_model.safetensors").is_file() and any(file.is_file() for file in optimizer)
 
 
 def _check_vocabulary(model: str, sets: list[Tokenized]) -> None:

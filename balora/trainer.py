@@ -156,6 +156,13 @@ class BALoraMixin:
 
 
 class BALoraTrainer(BALoraMixin, Trainer):
-    """Hugging Face's Trainer for an attached model."""
+    """Hugging Face's Trainer for an attached model. Its checkpoints hold the model's config.json too."""
 
     report: Any = None  # the ReportCallback of ``balora train``
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; what base the adapters are for, and the classes, are then known without loading it."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            model: Any = self.accelerator.unwrap_model(self.model)
+            model.config.save_pretrained(output_dir or self.args.output_dir)

@@ -100,6 +100,14 @@ def stories15m() -> Path:
     return path
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """The pages of runs without their plots, which take half of a tiny run; tests/test_report.py looks at them."""
+    from balora import elements
+
+    monkeypatch.setattr(elements, "draw", lambda *_, **__: "<svg></svg>")
+
+
 def tiny_llama(*, tied=False, dtype=torch.float32, seed=0, **changes):
     """A random Llama of 2 layers, d 32, V 97."""
     from transformers import LlamaConfig, LlamaForCausalLM

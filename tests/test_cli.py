@@ -59,6 +59,7 @@ def test_train_by_flags(inputs, tmp_path, capsys):
     assert model.peft_config["default"].r == 8
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_train_on_splits_of_a_folder(inputs, tmp_path, capsys, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -80,6 +81,7 @@ def test_train_on_splits_of_a_folder(inputs, tmp_path, capsys, monkeypatch):
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["data_split"] == "train[2:]"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_rows_that_are_skipped_are_said_before_training(inputs, tmp_path, capsys):
     rows = [{"question": "q" * (500 if i == 3 else 5), "answer": "a"} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -111,6 +113,7 @@ def test_train_takes_other_architectures(inputs, tmp_path, capsys, name):
     assert change.abs().max() > 0.01
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_recipe_with_overrides_is_the_same_run_and_is_kept(inputs, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -126,6 +129,7 @@ def test_a_recipe_with_overrides_is_the_same_run_and_is_kept(inputs, tmp_path):
     assert all(torch.equal(a[k]["exp_avg"], b[k]["exp_avg"]) for k in a)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_recipe_may_say_no_and_empty_lists(inputs, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     text = yaml.safe_dump(options(inputs, tmp_path / "run", run_name="-x", learning_rate="2e-5"))
@@ -134,6 +138,7 @@ def test_a_recipe_may_say_no_and_empty_lists(inputs, tmp_path):
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_finished_run_is_not_overwritten_and_not_resumed_with_other_adapters(inputs, tmp_path, capsys):
     values = options(inputs, tmp_path / "run", save_strategy="no")
     assert cli.main(["train", *flags(values)]) == 0
@@ -149,6 +154,7 @@ def test_a_finished_run_is_not_overwritten_and_not_resumed_with_other_adapters(i
         assert f"error: {name}: expected " in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_lora_does_not_go_on_as_dora(inputs, tmp_path, capsys):
     values = options(inputs, tmp_path / "run", adapter="lora", max_steps=1, save_steps=1)
     assert cli.main(["train", *flags(values)]) == 0
@@ -158,6 +164,7 @@ def test_lora_does_not_go_on_as_dora(inputs, tmp_path, capsys):
     assert "checkpoint-1, found 'dora'" in error
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_base_in_4_bits_without_bitsandbytes(inputs, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it raises
     prepared = tmp_path / "prepared"
@@ -178,6 +185,7 @@ def test_a_base_in_4_bits_without_bitsandbytes(inputs, tmp_path, capsys, monkeyp
         balora.load_quantized(prepared)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_residual_form_and_a_head_that_is_trained(inputs, tmp_path, capsys):
     values = options(inputs, tmp_path / "run", form="residual", modules_to_save="lm_head", exclude_modules="up_proj")
     values |= dict(save_steps=2, learning_rate=1e-2)
@@ -198,6 +206,7 @@ def test_the_residual_form_and_a_head_that_is_trained(inputs, tmp_path, capsys):
     assert model.peft_config["default"].r == 8
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("targets", ["all-linear", r".*layers\.0\.self_attn\.(q|v)_proj"])
 def test_all_layers_or_a_pattern(inputs, tmp_path, targets):
     values = options(inputs, tmp_path / "run", target_modules=targets, hub_token="hf_1234")
@@ -207,6 +216,7 @@ def test_all_layers_or_a_pattern(inputs, tmp_path, targets):
     assert all("hf_1234" not in path.read_text() for path in (tmp_path / "run").glob("re*"))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_an_output_folder_that_is_a_file(inputs, tmp_path, capsys):
     (tmp_path / "run").write_text("mine")
     assert cli.main(["train", *flags(options(inputs, tmp_path / "run"))]) == 2
@@ -214,6 +224,7 @@ def test_an_output_folder_that_is_a_file(inputs, tmp_path, capsys):
     assert (tmp_path / "run").read_text() == "mine"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_resuming_a_run_that_has_no_checkpoint_starts_it(inputs, tmp_path, capsys):
     values = options(inputs, tmp_path / "run", save_strategy="no", resume_from_checkpoint="true")
     assert cli.main(["train", *flags(values)]) == 0
@@ -261,6 +272,7 @@ BAD = {
 }
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("case", BAD)
 def test_an_error_names_what_is_wrong_and_nothing_is_written(inputs, tmp_path, capsys, case):
     changes, message = BAD[case]
@@ -277,6 +289,7 @@ def test_an_error_names_what_is_wrong_and_nothing_is_written(inputs, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_missing_output_dir_and_bad_recipes(inputs, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     for text, message in [
@@ -297,6 +310,7 @@ def test_a_missing_output_dir_and_bad_recipes(inputs, tmp_path, capsys):
     assert "required: --output_dir" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("argv", "text"), [(["--help"], "train"), (["--version"], "balora 0."), (["train", "--help"], "lambda_svd")]
 )

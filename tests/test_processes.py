@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import balora
 from balora import cli
+from balora.export import export_run
 
 from .conftest import tiny_checkpoint, tiny_llama
 from .sharded import CASES, CONFIG
@@ -143,6 +144,11 @@ def trained_and_resumed(config, alone, folder, **environment):
         assert (
             text.count(f"LoRA:  {folder / name}") == text.count(f"report: {folder / name}") == 1
         )  # one process says it
+        export_run(folder / name, folder / "exported" / name)  # the last checkpoint holds whole adapters
+        both = (folder / name / "lora", folder / "exported" / name)
+        one, two = (load_file(lora / "adapter_model.safetensors") for lora in both)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(t, two[key]) for key, t in one.items())
     assert text.count("train: 32 rows") == 2
     assert "got no gradient" not in text
     return text

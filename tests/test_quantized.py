@@ -404,6 +404,7 @@ def command(model, out, **changes):
     return ["train", *(word for name, value in {**values, **changes}.items() for word in (f"--{name}", str(value)))]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_quantize_and_train_by_the_command_line(tmp_path, capsys):
     full = tiny_checkpoint(tmp_path / "full", TEMPLATE, **WIDE)
     folder, out = tmp_path / "nf4", tmp_path / "run"
@@ -431,6 +432,17 @@ def test_quantize_and_train_by_the_command_line(tmp_path, capsys):
     assert peft.LoraConfig.from_pretrained(out / "lora").r == 4
     assert peft.LoraConfig.from_pretrained(out / "lora_pretrained").r == 8
     whole = load_file(out / "lora" / "adapter_model.safetensors")
+    for name, onto in [("lora", []), ("lora_pretrained", ["--onto", "pretrained"])]:
+        assert cli.main(["export", str(out), str(tmp_path / name), *onto]) == 0
+        expected, found = (load_file(path / name / "adapter_model.safetensors") for path in (out, tmp_path))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(t, found[key]) for key, t in expected.items())
+        expected, found = (peft.LoraConfig.from_pretrained(path / name).to_dict() for path in (out, tmp_path))
+        assert expected == found
+    folder.rename(tmp_path / "moved")  # the checkpoint tells what it was trained on
+    assert cli.main(["export", str(out), str(tmp_path / "again")]) == 0
+    assert peft.LoraConfig.from_pretrained(tmp_path / "again").r == 4
+    (tmp_path / "moved").rename(folder)
 
     # a run that is cut and goes on ends at the same bits
     shutil.rmtree(out / "checkpoint-4")
@@ -439,6 +451,7 @@ def test_quantize_and_train_by_the_command_line(tmp_path, capsys):
     assert all(torch.equal(t, resumed[name]) for name, t in whole.items())
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_train_quantizes_as_it_loads(tmp_path, capsys):
     full, out = tiny_checkpoint(tmp_path / "full", TEMPLATE, **WIDE), tmp_path / "run"
     assert cli.main(command(full, out, quantize="int3", r=4)) == 2

@@ -112,6 +112,7 @@ def test_a_classifier_learns_and_its_lora_predicts_what_was_measured(inputs, tmp
     assert accuracy == pytest.approx(results["eval_accuracy"])
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_plain_adapters_and_their_head(inputs, tmp_path, adapter):
     values = options(inputs, tmp_path / "run", adapter=adapter, max_steps=2, save_strategy="no", eval_data=None)
@@ -124,6 +125,7 @@ def test_plain_adapters_and_their_head(inputs, tmp_path, adapter):
     assert any("lora_B" in name and tensor.any() for name, tensor in exported.items())
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_best_checkpoint_is_loaded_and_a_run_goes_on_to_the_same_bits(inputs, tmp_path):
     values = options(inputs, tmp_path / "run", max_steps=6, save_steps=2, eval_strategy="steps", eval_steps=2)
     values |= dict(load_best_model_at_end=True, metric_for_best_model="eval_macro_f1", lora_dropout=0.1)
@@ -170,6 +172,7 @@ def test_a_regression(inputs, tmp_path, capsys):
     assert "pearson" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_decoder_with_a_fresh_head_and_no_padding_token(inputs, tmp_path):
     model = tiny_checkpoint(tmp_path / "model", TEMPLATE)
     values = options(inputs, tmp_path / "run", model=model, max_steps=16, form="residual", save_strategy="no")
@@ -178,6 +181,7 @@ def test_a_decoder_with_a_fresh_head_and_no_padding_token(inputs, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path / "run" / "lora").pad_token_id == tiny_tokenizer().pad_token_id
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_what_the_checkpoint_lacks_is_trained_in_full(inputs, tmp_path, capsys):
     model = bert(tmp_path / "model", BertForMaskedLM)  # without a pooler
     values = options(inputs, tmp_path / "run", model=model, modules_to_save="embeddings.LayerNorm")
@@ -188,6 +192,7 @@ def test_what_the_checkpoint_lacks_is_trained_in_full(inputs, tmp_path, capsys):
         assert f"base_model.model.{name}.weight" in exported
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_head_that_is_there_keeps_the_order_of_its_classes(inputs, tmp_path, capsys):
     names = ["rare", "often", "some"]
     model = bert(tmp_path / "model", BertForSequenceClassification, id2label=dict(enumerate(names)))
@@ -200,6 +205,7 @@ def test_a_head_that_is_there_keeps_the_order_of_its_classes(inputs, tmp_path, c
     assert torch.allclose(logits(again, model, rows), logits(own, model, rows), atol=1e-6)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_head_is_matched_by_the_names_of_its_classes(inputs, tmp_path, capsys):
     def head(folder, *names):
         return bert(tmp_path / folder, BertForSequenceClassification, id2label=dict(enumerate(names)))
@@ -233,6 +239,7 @@ def test_a_head_is_matched_by_the_names_of_its_classes(inputs, tmp_path, capsys)
     assert not weight(tmp_path / "d" / "lora", "classifier.bias").any()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_goes_on_with_the_classes_that_it_began_with(inputs, tmp_path, capsys):
     values = options(inputs, tmp_path / "run", max_steps=2, save_steps=1, eval_data=None)
     assert cli.main(["train", *flags(values)]) == 0
@@ -247,6 +254,7 @@ def test_a_run_goes_on_with_the_classes_that_it_began_with(inputs, tmp_path, cap
     assert cli.main(["train", *flags({**values, "max_steps": 3, "resume_from_checkpoint": "true"})]) == 0
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_head_of_another_size_is_replaced_only_when_that_is_said(inputs, tmp_path, capsys):
     model = bert(tmp_path / "model", BertForSequenceClassification, num_labels=2)
     values = options(inputs, tmp_path / "run", model=model)
@@ -259,6 +267,7 @@ def test_a_head_of_another_size_is_replaced_only_when_that_is_said(inputs, tmp_p
     assert loaded(bert(tmp_path / "fresh"), tmp_path / "run" / "lora").config.num_labels == 3
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_presets_are_the_defaults_and_options_win(inputs, tmp_path, capsys):
     def parsed(*argv):
         asked, (_, config, _) = cli._train_arguments(
@@ -304,6 +313,7 @@ BAD = {
 }
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("case", BAD)
 def test_an_error_names_what_is_wrong_and_nothing_is_written(inputs, tmp_path, capsys, case):
     changes, message = BAD[case]
@@ -316,6 +326,7 @@ def test_an_error_names_what_is_wrong_and_nothing_is_written(inputs, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_models_that_are_no_classifier(inputs, tmp_path, capsys):
     causal = tmp_path / "causal"
     tokenizer = tiny_tokenizer()

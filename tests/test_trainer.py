@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, default_data_collator
 
 import balora
-from balora import BALoraConfig
+from balora import BALoraConfig, cli
 from balora.trainer import BALoraTrainer
 
 from .conftest import tiny_checkpoint, tiny_llama
@@ -155,30 +155,36 @@ def test_a_bare_loop_ends_where_the_trainer_ends(tmp_path, accelerated):
             torch.testing.assert_close(p.detach(), expected[name], rtol=1e-6, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("average", [True, False])
-def test_two_processes_log_what_one_does(tmp_path, average):
-    """Without averaging each process divides by its own number of tokens: its rows have other weights than in one."""
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The runs of one process and of two, each launch with all of its runs."""
+    folder = tmp_path_factory.mktemp("processes")
     script = Path(__file__).with_name("two_processes.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = {}
-    for processes, size in ((2, 2), (1, 4)) if average else ((2, 2),):
+    running = []
+    for processes, size, how in ((2, 2, ["average", "alone"]), (1, 4, ["average"])):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += [str(script), str(tmp_path / str(processes)), str(size), "average" if average else "alone"]
-        running[processes] = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    logs = {}
-    for processes, process in running.items():
+        command += [str(script), str(folder / str(processes)), str(size), *how]
+        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in running:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
-        logs[processes] = json.loads((tmp_path / str(processes) / "log.json").read_text())[:-1]
-    assert len(logs[2]) == 2
-    for log in logs[2]:
+    return folder
+
+
+@pytest.mark.parametrize("how", ["average", "alone"])
+def test_two_processes_log_what_one_does(runs, how):
+    """Without averaging each process divides by its own number of tokens: its rows have other weights than in one."""
+    logs = {n: json.loads((runs / n / how / "log.json").read_text())[:-1] for n in "12" if (runs / n / how).is_dir()}
+    assert len(logs["2"]) == 2
+    for log in logs["2"]:
         assert log["loss"] == pytest.approx(log["ce"] + 0.5 * log["consistency"] + 0.3 * log["diversity"], rel=1e-5)
         assert log["consistency"] > 1e-4
-    if average:
-        for one, two in zip(logs[1], logs[2], strict=True):
+    if how == "average":
+        for one, two in zip(logs["1"], logs["2"], strict=True):
             for name in ("loss", "ce", "consistency", "diversity"):
                 assert two[name] == pytest.approx(one[name], rel=1e-5), name
-        one, two = (load_file(tmp_path / n / "adapters") for n in "12")
+        one, two = (load_file(runs / n / how / "adapters") for n in "12")
         for name in one:
             torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=name)
 
@@ -266,8 +272,8 @@ def adapters_at_start():
 
 
 def command(model, data, out, *more):
-    options = dict(model=model, data=data, output_dir=out, r=4, lora_dropout=0.1, max_steps=200, save_steps=40)
-    options |= dict(logging_steps=10, learning_rate=1e-3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    options = dict(model=model, data=data, output_dir=out, r=4, lora_dropout=0.1, max_steps=100, save_steps=20)
+    options |= dict(logging_steps=5, learning_rate=1e-3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", "balora.cli", "train", *flags, "--disable_tqdm", "true", "--use_cpu", *more]
 
@@ -282,7 +288,7 @@ def assert_same_bits(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(tmp_path):
+def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(tmp_path, capsys):
     model = tiny_checkpoint(tmp_path / "model")
     data = tmp_path / "rows.jsonl"
     data.write_text(
@@ -305,7 +311,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(tmp_path):
     seen = 0
     for line in process.stdout:
         seen += "'loss'" in line
-        if seen == 6:  # step 60, between the checkpoints 40 and 80
+        if seen == 6:  # step 30, between the checkpoints 20 and 40
             process.send_signal(signal.SIGKILL)
             break
     process.stdout.close()
@@ -314,19 +320,18 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(tmp_path):
     assert other.returncode == 0, text
     assert not (killed / "lora").exists()
     # and the power failed while the next checkpoint was written
-    (killed / "checkpoint-190").mkdir()
-    (killed / "checkpoint-190" / "adapter_model.safetensors").write_bytes(b"half")
+    (killed / "checkpoint-90").mkdir()
+    (killed / "checkpoint-90" / "adapter_model.safetensors").write_bytes(b"half")
 
-    refused = start(killed)
-    text, _ = refused.communicate()
-    assert refused.returncode == 2
-    assert "output_dir:" in text
-    assert "--resume_from_checkpoint true" in text
+    assert cli.main(command(model, data, killed)[3:]) == 2
+    refused = capsys.readouterr().err
+    assert "output_dir:" in refused
+    assert "--resume_from_checkpoint true" in refused
 
     resumed = start(killed, "--resume_from_checkpoint", "true")
     text, _ = resumed.communicate()
     assert resumed.returncode == 0, text
-    assert "checkpoint-190 is incomplete" in text
+    assert "checkpoint-90 is incomplete" in text
     assert f"resume: from {killed / 'checkpoint-'}" in text
-    assert_same_bits(weights(killed / "checkpoint-200"), weights(whole / "checkpoint-200"))
+    assert_same_bits(weights(killed / "checkpoint-100"), weights(whole / "checkpoint-100"))
     assert_same_bits(weights(killed / "lora"), weights(whole / "lora"))

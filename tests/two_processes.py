@@ -1,4 +1,7 @@
-"""A short training run, for one or several processes: ``torchrun … tests/two_processes.py OUT BATCH``."""
+"""Short training runs, for one or several processes: ``torchrun … tests/two_processes.py OUT BATCH HOW …``.
+
+Each HOW is a run that goes to OUT/HOW: its tokens are averaged over the processes ("average"), or not ("alone").
+"""
 
 import json
 import sys
@@ -45,9 +48,10 @@ def main(out: Path, batch: int, average: bool) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    main(folder, int(sys.argv[2]), sys.argv[3] == "average")
+    for how in sys.argv[3:]:
+        folder = Path(sys.argv[1]) / how
+        folder.mkdir(parents=True, exist_ok=True)
+        main(folder, int(sys.argv[2]), how == "average")
     if torch.distributed.is_initialized():  # threads that are still there at the end of a process abort it
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
