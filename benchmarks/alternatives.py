@@ -47,7 +47,7 @@ def sizes(n: int, d: int, vocab: int) -> dict[str, dict[str, Callable[[], object
     found = {}
     for group, name in (("bytes of a chunk", "_CHUNK_BYTES"), ("bytes of a block", "_BLOCK_BYTES")):
         now = getattr(streaming, name) / MIB
-        found[group] = {f"{mib:g} MiB": sized(name, mib) for mib in (now, now / 8, now / 3, now * 3)}
+        found[group] = {f"{mib:g} MiB": sized(name, mib) for mib in (now, now / 8, now / 2, now * 4)}
     return found
 
 

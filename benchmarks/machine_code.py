@@ -36,7 +36,7 @@ def disassembled(cubin: bytes) -> str:
 
 
 def executed(text: str, times: int) -> int:
-    """Instructions of a disassembly whose longest loop, if it has one, runs so many times; no padding behind the end."""
+    """Instructions of a disassembly whose longest loop, if it has one, runs so many times; not the padding."""
     labels: dict[str, int] = {}
     count, body = 0, 0
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""The pictures of ``profiles``: stacked bars of parts, a roofline, a row for every kernel, alternatives side by side."""
+"""The pictures of ``profiles``: stacked bars of parts, a roofline, a row for every kernel, alternatives."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ UNITS = {
     "bf16": ("#009E73", "^", "bfloat16 on tensor cores"),
     "tf32": ("#E69F00", "v", "tf32 on tensor cores"),
 }
+LAUNCH = 3  # microseconds that a launch takes by itself: the order of magnitude, not measured here
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "balora"}
 
 
@@ -83,18 +84,24 @@ def _bar(axis: Any, row: dict[str, Any], looks: dict[str, dict[str, str]], names
 
 
 def _label(axis: Any, labels: list[tuple[float, str]], end: float) -> None:
-    """Names above the bar, in two lines where one would run into the next; each with a tick to its part."""
-    free = [0.0, 0.0]  # where a line's last name ends
-    for x, name in labels:
-        width = 0.0105 * end * len(name)
-        line = 0 if x - width / 2 >= free[0] or free[0] <= free[1] else 1
-        left = min(max(x - width / 2, free[line]), end - width)
-        free[line] = left + width + 0.012 * end
-        y = 0.33 + 0.17 * line
-        axis.annotate(
-            name, (x, 0.25), (left + width / 2, y), textcoords="data", ha="center", va="bottom", fontsize=8,
-            annotation_clip=False, arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "#555555"},
-        )  # fmt: skip
+    """Names above the bar, by turns in two lines; each line is pushed to the right, then back from its end."""
+    for line in (0, 1):
+        here = labels[line::2]
+        widths = [0.0098 * end * (len(name) + 1) for _, name in here]
+        lefts: list[float] = []
+        for (x, _), width in zip(here, widths, strict=True):
+            free = lefts[-1] + widths[len(lefts) - 1] if lefts else 0.0
+            lefts.append(max(x - width / 2, free))
+        limit = end
+        for i in reversed(range(len(here))):
+            lefts[i] = min(lefts[i], limit - widths[i])
+            limit = lefts[i]
+        for (x, name), left, width in zip(here, lefts, widths, strict=True):
+            axis.annotate(
+                name, (x, 0.25), (left + width / 2, 0.33 + 0.17 * line), textcoords="data", ha="center", va="bottom",
+                fontsize=8, annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "#555555", "shrinkA": 1, "shrinkB": 0},
+            )  # fmt: skip
 
 
 def roofline(found: list[Count], devices: tuple[Device, ...], path: Path) -> None:
@@ -104,26 +111,24 @@ def roofline(found: list[Count], devices: tuple[Device, ...], path: Path) -> Non
         h100 = next(d for d in devices if d.name == "H100")
         low, high = 0.03, 3e4
         for device, style in zip(devices, (":", "-", "--"), strict=True):
-            axis.plot([low, high], [low * device.bandwidth, high * device.bandwidth], style, color=GREY, linewidth=1)
+            ends = [low * device.bandwidth, high * device.bandwidth]
+            text = f"{device.name}: {device.bandwidth / 1e12:.3g} TB/s"
+            axis.plot([low, high], ends, style, color=GREY, linewidth=1, label=text)
         used = dict.fromkeys(c.unit for c in found)
         for unit in used:
             colour, _, text = UNITS[unit]
             peak = getattr(h100, unit)
-            axis.plot([peak / h100.bandwidth, high], [peak, peak], color=colour, linewidth=1.3)
+            axis.plot([peak / h100.bandwidth, high], [peak, peak], color=colour, linewidth=1.3,
+                      linestyle="--" if unit == "float64" else "-")  # fmt: skip
             above = unit != "float64"
             axis.annotate(
                 f"{text}, {peak / 1e12:.3g} T/s", (high, peak), (0, 3 if above else -4), textcoords="offset points",
                 ha="right", va="bottom" if above else "top", color=colour, fontsize=8,
             )  # fmt: skip
-        for device, x in zip(devices, (0.035, 0.035, 0.035), strict=True):
-            axis.annotate(
-                f"{device.name}, {device.bandwidth / 1e12:.3g} TB/s", (x, x * device.bandwidth),
-                (4, {"A100 80GB": -14, "H100": 0, "H200": 12}[device.name]), textcoords="offset points", fontsize=8,
-                color="#555555", rotation=0,
-            )  # fmt: skip
         for c in found:
             _point(axis, c, h100)
         axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(1e10, 3e15))
+        axis.legend(loc="lower right", frameon=False)
         axis.set_xlabel("operations a byte, counted")
         axis.set_ylabel("operations a second, at most, on an H100")
         axis.set_title("Expectation: no kernel has been timed on a device yet", loc="left", fontsize=10)
@@ -139,13 +144,27 @@ def _point(axis: Any, c: Count, device: Device) -> None:
 
 
 # Where a name would lie on another one.
-NUDGED: dict[str, tuple[tuple[int, int], str]] = {}
+NUDGED: dict[str, tuple[tuple[int, int], str]] = {
+    "times": ((-6, 2), "right"),
+    "transposed_times": ((6, -8), "left"),
+    "update": ((-8, 0), "right"),
+    "add_top": ((7, -4), "left"),
+    "gradient": ((6, -9), "left"),
+    "merge": ((0, -14), "center"),
+    "apply_kernel": ((0, -14), "center"),
+    "gather_kernel": ((0, -14), "center"),
+    "factor_kernel": ((-6, 4), "right"),
+    "jacobi_kernel": ((0, -14), "center"),
+    "cholesky_inverse": ((0, 7), "center"),
+}
 
 
 def kernels(found: list[Count], table: list[dict[str, str]], devices: tuple[Device, ...], path: Path) -> None:
     """A row for each kernel: the least time by bytes and by operations on each device, and what the compiler says."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(10, 0.42 * len(found) + 1.2), layout="constrained")
+        axis.axvspan(1e-3, LAUNCH, color="#F2F2F2", linewidth=0)
+        axis.text(1.2e-3, len(found) - 0.5, "shorter than a launch takes", fontsize=8, color="#777777", va="bottom")
         for i, (c, row) in enumerate(zip(found, table, strict=True)):
             for j, device in enumerate(devices):
                 memory, unit = (1e6 * s for s in c.seconds(device))
@@ -157,10 +176,14 @@ def kernels(found: list[Count], table: list[dict[str, str]], devices: tuple[Devi
                           label=f"by operations, {device.name}" if first else None)  # fmt: skip
                 axis.plot([memory, unit], [y, y], color="#CCCCCC", linewidth=1, zorder=0)
             spilled = "" if row["spilled"] == "0" else f", {row['spilled']} bytes spilled"
-            text = f"{row['MB']} MB, {c.blocks:,} blocks · {row['registers']} registers, occupancy {row['occupancy']}"
+            size = f"{c.bytes / 1e6:.3g} MB" if c.bytes >= 1e6 else f"{c.bytes / 1e3:.3g} KB"
+            text = f"{size}, {c.blocks:,} blocks · {row['registers']} registers, occupancy {row['occupancy']}"
             axis.text(1.01, i, text + spilled, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
         axis.set_yticks(range(len(found)), [c.kernel for c in found])
-        axis.set(xscale="log", xlabel="least microseconds: the right one of a pair binds", ylim=(len(found) - 0.4, -0.6))
+        axis.set(
+            xscale="log", xlabel="least microseconds: the right one of a pair binds", ylim=(len(found) - 0.4, -0.6)
+        )
+        axis.set_xlim(1e-3, None)
         axis.grid(axis="x", color="#EEEEEE")
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8)
         save(figure, path)
@@ -175,15 +198,19 @@ def alternatives(found: list[dict[str, Any]], path: Path) -> None:
             taken = row["group"] != group
             if taken:
                 y += 0.9
-                axis.text(0.055, y - 0.75, row["group"], fontweight="bold", fontsize=9, va="center")
+                axis.text(0.31, y - 0.75, row["group"], fontweight="bold", fontsize=9, va="center")
                 group = row["group"]
             ratio = float(row["ratio"])
-            axis.barh(y, ratio - 0.05, left=0.05, height=0.7, color="#0072B2" if taken else "#E69F00")
-            axis.text(ratio * 1.03, y, f"{row['ratio']} ×, {row['ms']} ms", va="center", fontsize=8)
+            axis.barh(y, ratio - 0.3, left=0.3, height=0.7, color="#0072B2" if taken else "#E69F00")
+            axis.text(ratio * 1.03, y, f"{row['ratio']} ×, {row['ms']} ms", va="center", fontsize=8,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
             places.append((y, row["way"]))
             y += 1
         axis.set_yticks(*zip(*places, strict=True))
         axis.axvline(1, color="black", linewidth=1)
         axis.set(xscale="log", xlabel="time, in that of balora's way", ylim=(y, -0.6))
-        axis.set_xlim(0.05, 3 * max(float(row["ratio"]) for row in found))
+        axis.set_xlim(0.3, 2 * max(float(row["ratio"]) for row in found))
+        ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50) if tick < axis.get_xlim()[1]]
+        axis.set_xticks(ticks, [f"{tick:g} ×" for tick in ticks])
+        axis.minorticks_off()
         save(figure, path)

@@ -4,11 +4,11 @@
     python benchmarks/profiles.py --only linear_objective --out /tmp/p
     python benchmarks/profiles.py --once                             # on a GPU: each operation once, for Nsight Compute
 
-torch.profiler runs over functions of balora that are named here (``PARTS``): what an operator takes itself belongs to the
-innermost of them, but for a few operators that are a part of their own (``OPERATORS``). So the parts add up to the whole.
-The round with the median total is shown, beside the time without the profiler and a floor measured in turns with it. On
-a GPU the parts are its kernels, by name. Writes results/profiles-cpu.md (-gpu.md), the counts of ``kernel_counts``, the
-``alternatives`` tried, and the pictures.
+torch.profiler runs over functions of balora that are named here (``PARTS``): what an operator takes itself belongs to
+the innermost of them, but for a few operators that are a part of their own (``OPERATORS``). So the parts add up to the
+whole. The round with the median total is shown, beside the time without the profiler and a floor measured in turns with
+it. On a GPU the parts are its kernels, by name. Writes results/profiles-cpu.md (-gpu.md), the counts of
+``kernel_counts``, the ``alternatives`` tried, and the pictures.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import balora
+from balora import batch, dispatch, head, principal, rows, spectral, streaming
 from balora import functional as F
-from balora import head, principal, rows, spectral, streaming
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 IMPL = "triton" if ON_GPU else "streaming"
+CUDA_BUILT = ON_GPU and not dispatch.why_not("cuda")
 OTHER = "chunks, copies, Python"
 
 # Whose function, its name, the part that its time is.
@@ -51,6 +52,8 @@ PARTS = (
     (spectral, "svd_term", "eigenvalues"),
     (spectral, "gradient_matrix", "eigenvalues"),
     (spectral, "svd_term_of_tiles", "Krylov passes over the logits"),
+    (batch.Batch, "_collect", "Gram matrix ZZᵀ"),
+    (batch.Batch, "gradient", "gradient K·Z"),
     (rows, "block", "CE and the gradient in place"),
     (rows, "_kl", "KL passes"),
     (rows, "_top_k", "top K"),
@@ -86,7 +89,7 @@ class Sizes(NamedTuple):
     logits: tuple[int, int] = (256, 32000)
     matrix: tuple[int, int, int] = (512, 8000, 10)  # m, n, rank
     weights: tuple[int, int, int, int] = (8, 1024, 1024, 128)  # count, m, n, rank
-    model: tuple[int, int, int, int] = (288, 768, 6, 32000)  # of stories15M: d, MLP, layers, V
+    model: tuple[int, int, int, int] = (288, 768, 6, 32000)  # of a small Llama: d, MLP, layers, V
     batch: tuple[int, int] = (4, 250)
     rounds: int = 3
 
@@ -96,14 +99,22 @@ GPU_SIZES = Sizes(
     logits=(2048, 131072),
     matrix=(512, 131072, 10),
     weights=(8, 4096, 1024, 32),
-    model=(1024, 2752, 8, 32000),
+    model=(1536, 4096, 8, 32000),
     batch=(4, 512),
 )
 
 
 def cases(sizes: Sizes, only: str | None) -> Iterator[Case]:
-    for make in (objectives, losses_on_logits, matrices, weights, steps):
-        yield from (case for case in make(sizes) if not only or only in case.operation)
+    makers = {
+        "linear_objective": objectives,
+        "consistency_loss diversity_loss svd_loss": losses_on_logits,
+        "randomized_svd": matrices,
+        "pissa_setup": weights,
+        "training_step": steps,
+    }
+    for operations, make in makers.items():
+        if not only or only in operations:
+            yield from (case for case in make(sizes) if not only or only in case.operation)
 
 
 def objectives(sizes: Sizes) -> Iterator[Case]:
@@ -133,7 +144,7 @@ def losses_on_logits(sizes: Sizes) -> Iterator[Case]:
             "one read, one written",
         ),
         "svd_loss": (
-            lambda: F.svd_loss(z, impl="streaming"),
+            lambda: F.svd_loss(z, impl="cuda" if CUDA_BUILT else "streaming"),
             lambda: torch.mul(z.detach(), 2, out=out),
             "one read, one written",
         ),
@@ -146,12 +157,13 @@ def matrices(sizes: Sizes) -> Iterator[Case]:
     m, n, rank = sizes.matrix
     g = torch.Generator().manual_seed(0)
     a = (torch.randn(1, m, n, generator=g) * torch.arange(1, n + 1) ** -1.0).to(DEVICE)
+    a = a.bfloat16() if ON_GPU else a
     floor, text = six_products(a, rank + 10, 2), "6 bare products with A"
     label = f"{m:,} × {n:,}, rank {rank}"
     yield Case("randomized_svd", f"{label}, torch", lambda: F.randomized_svd(a, rank, impl="torch"), floor, text)
-    if hasattr(torch.ops.balora, "randomized_svd"):
-        operator = torch.ops.balora.randomized_svd
-        yield Case("randomized_svd", f"{label}, C++", lambda: operator(a, rank, 10, 2, 0), floor, text)
+    if not isinstance(dispatch.extension(), str):
+        operator, name = torch.ops.balora.randomized_svd, "CUDA" if CUDA_BUILT else "C++"
+        yield Case("randomized_svd", f"{label}, {name}", lambda: operator(a, rank, 10, 2, 0), floor, text)
 
 
 def six_products(a: Tensor, width: int, n_iter: int) -> Callable[[], object]:
@@ -172,25 +184,49 @@ def weights(sizes: Sizes) -> Iterator[Case]:
 
 def steps(sizes: Sizes) -> Iterator[Case]:
     """One step of an attached Llama with random weights, and one of plain PiSSA with a forward of a teacher."""
+    constant = balora.BALoraConfig(consistency_schedule="constant", focus_schedule="constant")
+    attached, plain = pissa_model(sizes.model), pissa_model(sizes.model)
+    balora.attach(attached, constant)
+    ids = torch.randint(sizes.model[-1], sizes.batch, device=DEVICE)
+    step, plain_step = stepper(attached, ids), stepper(plain, ids)
+
+    def floor() -> None:
+        plain_step()
+        with torch.no_grad(), balora.teacher(plain):
+            plain.get_base_model().get_decoder()(input_ids=ids)
+
+    for _ in range(2):  # away from the start, where the teacher is the student
+        step()
+    d, _, layers, vocab = sizes.model
+    label = f"Llama d {d}, {layers} layers, V {vocab:,}, {sizes.batch[0]} × {sizes.batch[1]}"
+    yield Case("training_step", label, step, floor, "PiSSA's step, plus a teacher's forward")
+
+
+def pissa_model(shape: tuple[int, int, int, int]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    d, mlp, layers, vocab = sizes.model
-    torch.manual_seed(0)
+    d, mlp, layers, vocab = shape
+    heads, r = max(1, d // 48), min(32, d // 2)
     config = AutoConfig.for_model(
-        "llama", hidden_size=d, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=6 if d < 512 else 16,
-        num_key_value_heads=6 if d < 512 else 16, vocab_size=vocab, use_cache=False,
+        "llama", hidden_size=d, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, vocab_size=vocab, use_cache=False,
     )  # fmt: skip
+    torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if ON_GPU else torch.float32).to(DEVICE)
-    r = min(32, d // 2)
-    model = balora.get_pissa_model(base, r=r, lora_alpha=r, task_type="CAUSAL_LM").train()
+    return balora.get_pissa_model(base, r=r, lora_alpha=r, task_type="CAUSAL_LM").train()
+
+
+def stepper(model: Any, ids: Tensor) -> Callable[[], None]:
+    """A training step on these ids [B, S], whose phases show in a profile."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
-    ids = torch.randint(vocab, sizes.batch, device=DEVICE)
     decoder = model.get_base_model().get_decoder()
     forward = decoder.forward
 
     def named(*args: Any, **kwargs: Any) -> Any:
         with part("student's forward" if torch.is_grad_enabled() else "teacher's forward"):
             return forward(*args, **kwargs)
+
+    decoder.forward = named
 
     def step() -> None:
         with part("loss"):
@@ -201,25 +237,7 @@ def steps(sizes: Sizes) -> Iterator[Case]:
             optimizer.step()
             optimizer.zero_grad()
 
-    constant = balora.BALoraConfig(consistency_schedule="constant", focus_schedule="constant")
-
-    def attached() -> None:
-        balora.attach(model, constant)
-        try:
-            with mock.patch.object(decoder, "forward", named):
-                step()
-        finally:
-            balora.detach(model)
-
-    def plain() -> None:
-        step()
-        with torch.no_grad(), balora.teacher(model):
-            decoder(input_ids=ids)
-
-    for _ in range(2):  # away from the start, where the teacher is the student
-        step()
-    label = f"Llama d {d}, {layers} layers, V {vocab:,}, {sizes.batch[0]} × {sizes.batch[1]}"
-    yield Case("training_step", label, attached, plain, "PiSSA's step, plus a teacher's forward")
+    return step
 
 
 # ---------------------------------------------------------------- how
@@ -249,17 +267,19 @@ def parts_named() -> Iterator[None]:
 def profiled(case: Case) -> dict[str, float]:
     """Milliseconds of each part of one call."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * ON_GPU
-    # A whole step has parts of its own, the phases.
-    names = contextlib.nullcontext() if case.operation == "training_step" else parts_named()
+    whole_step = case.operation == "training_step"  # has parts of its own, the phases
+    names = contextlib.nullcontext() if whole_step else parts_named()
     with names, profile(activities=activities, acc_events=True) as found:
         with part(OTHER):
             case.run()
         harness.synchronize()
     events = found.events()
-    return by_kernel(events) if ON_GPU and case.operation != "training_step" else by_part(events)
+    if whole_step:
+        return by_part(events, {})
+    return by_kernel(events) if ON_GPU else by_part(events, OPERATORS)
 
 
-def by_part(events: Any) -> dict[str, float]:
+def by_part(events: Any, operators: dict[str, str]) -> dict[str, float]:
     """What each event takes itself, without those that it calls, at the innermost part around it."""
     spent: dict[str, float] = defaultdict(float)
     for event in events:
@@ -269,15 +289,16 @@ def by_part(events: Any) -> dict[str, float]:
         while around is not None and not around.name.startswith(PREFIX):
             around = around.cpu_parent
         if around is not None:  # else the profiler's own
-            spent[operator_part(event) or around.name.removeprefix(PREFIX)] += event.self_cpu_time_total / 1e3
+            name = operator_part(event, operators) or around.name.removeprefix(PREFIX)
+            spent[name] += event.self_cpu_time_total / 1e3
     return dict(spent)
 
 
-def operator_part(event: Any) -> str | None:
+def operator_part(event: Any, operators: dict[str, str]) -> str | None:
     """Of the outermost operator, up to the part around it, that is a part of its own."""
     found = None
     while event is not None and not event.name.startswith(PREFIX):
-        found = OPERATORS.get(event.name, found)
+        found = operators.get(event.name, found)
         event = event.cpu_parent
     return found
 
@@ -307,8 +328,8 @@ def text_of(found: list[dict[str, Any]]) -> str:
     """Markdown: a table of the calls, a table of their parts."""
     calls, parts = [], []
     for row in found:
-        calls.append({**row, **{key: f"{row[key]:.3g}" for key in ("call", "spread", "floor", "profiled")}})
-        calls[-1]["ratio"] = f"{row['call'] / row['floor']:.2f}"
+        numbers = {key: f"{row[key]:.3g}" for key in ("call", "spread", "floor", "profiled")}
+        calls.append({**row, **numbers, "ratio": f"{row['call'] / row['floor']:.2f}"})
         for name, ms in sorted(row["parts"].items(), key=lambda item: -item[1]):
             share = f"{100 * ms / row['profiled']:.1f} %"
             parts.append({**row, "part": name, "ms": f"{ms:.3g}", "share": share})
@@ -324,10 +345,13 @@ def heading(title: str, options: argparse.Namespace) -> str:
 
 
 def once(sizes: Sizes) -> None:
-    """Each operation once between the marks that `ncu --profile-from-start off` waits for; warm before."""
+    """Each operation once between the marks that `ncu --profile-from-start off` waits for; warm before.
+
+    Of the objective one chunk; its kernels are replayed for every group of counters.
+    """
     if not ON_GPU:
         raise SystemExit("--once: expected a CUDA device, found none")
-    for case in cases(sizes, None):
+    for case in cases(sizes._replace(objective=((512, 4096, 131072),)), None):
         case.run()
         harness.synchronize()
         torch.cuda.profiler.start()
@@ -336,13 +360,14 @@ def once(sizes: Sizes) -> None:
         torch.cuda.profiler.stop()
 
 
-def main(arguments: list[str] | None = None, sizes: Sizes = GPU_SIZES if ON_GPU else Sizes()) -> None:
+def main(arguments: list[str] | None = None, sizes: Sizes | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/profiles"), help="the pictures' folder")
     parser.add_argument("--results", type=Path, default=kernel_counts.RESULTS, help="the tables' folder")
     parser.add_argument("--only", help="a part of an operation's name; the kernels and alternatives are left out")
     parser.add_argument("--once", action="store_true", help="each operation once, on a GPU, under ncu")
     options = parser.parse_args(arguments)
+    sizes = sizes or (GPU_SIZES if ON_GPU else Sizes())
     if options.once:
         return once(sizes)
     for folder in (options.out, options.results):
@@ -352,9 +377,8 @@ def main(arguments: list[str] | None = None, sizes: Sizes = GPU_SIZES if ON_GPU 
     for case in cases(sizes, options.only):
         harness.progress(f"{case.operation}, {case.label}")
         found.append(measured(case, sizes.rounds))
-    for operation in dict.fromkeys(row["operation"] for row in found):
-        name = f"{operation.replace('_', '-')}-{where}.png"
-        profile_plots.parts([row for row in found if row["operation"] == operation], options.out / name)
+        name = f"{case.operation.replace('_', '-')}-{where}.png"
+        profile_plots.parts([row for row in found if row["operation"] == case.operation], options.out / name)
     text = heading("Where the time goes", options) + text_of(found)
     if not options.only:
         (options.results / f"profiles-{where}.md").write_text(text, encoding="utf-8")

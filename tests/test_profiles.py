@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+from balora import dispatch
+
 from .test_imports import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -56,6 +58,7 @@ def test_the_script_writes_a_table_and_a_picture(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "| randomized_svd" in text
     assert "CholeskyQR" in text
+    assert isinstance(dispatch.extension(), str) or "rank 4, C++" in text or torch.cuda.is_available()
     assert [file.name[:14] for file in tmp_path.iterdir()] == ["randomized-svd"]
 
 
@@ -161,7 +164,26 @@ def test_counted_bytes_of_the_cuda_kernels():
     }
     assert {kernel: (c.read, c.written) for kernel, c in counts.items()} == expected
     tensor = 2 * 2 * 200 * 96 * 16
-    assert [counts[k].operations / tensor for k in ("times, of Ω", "times", "transposed_times", "iterate")] == [1, 2, 2, 4]
+    products = {k: c.operations / tensor for k, c in counts.items() if c.unit == "bf16"}
+    assert products == {"times, of Ω": 1, "times": 2, "transposed_times": 2, "iterate": 4}
+
+
+def test_what_nsight_compute_measured_becomes_a_row_a_kernel():
+    import ncu_table
+
+    heads = ["ID", "Kernel Name", *ncu_table.METRICS]
+    lines = [
+        heads, ["", "", "usecond", "%", "%", "%"], ["0", "merge", "21.5", "10.0", "0.0", "37.2"],
+        ["1", "ampere_gemm", "9", "9", "9", "9"], ["2", "merge", "99", "99", "99", "99"],
+        ["3", "void balora::times<balora::Float16, 32, false>(int)", "7", "80", "12", "18"],
+    ]  # fmt: skip
+    text = "==PROF== Connected\n" + "\n".join(",".join(f'"{cell}"' for cell in line) for line in lines)
+    found = {row["kernel"]: row for row in ncu_table.table(text)}
+    assert set(found) == {"merge", "times"}
+    assert found["merge"]["time"] == "21.5 usecond"
+    assert found["times"]["bandwidth, % of peak"] == "80"
+    with pytest.raises(SystemExit, match="found: 'no csv'"):
+        ncu_table.table("no csv")
 
 
 def test_a_loop_counts_as_often_as_it_runs():
