@@ -48,6 +48,10 @@ def parts(found: list[dict[str, Any]], path: Path) -> None:
         save(figure, path)
 
 
+def milliseconds(ms: float) -> str:
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
 def _most(found: list[dict[str, Any]], name: str) -> float:
     return max(row["parts"].get(name, 0) / row["profiled"] for row in found)
 
@@ -74,11 +78,11 @@ def _bar(axis: Any, row: dict[str, Any], looks: dict[str, dict[str, str]], names
     axis.plot([row["floor"]] * 2, [-0.33, 0.33], color="black", linewidth=2)
     near_end = row["floor"] > 0.6 * end
     axis.annotate(
-        f"floor {row['floor']:.3g} ms: {row['floor_label']}", (row["floor"], -0.33), (-3 if near_end else 3, -2),
+        f"floor {milliseconds(row['floor'])} ms: {row['floor_label']}", (row["floor"], -0.33), (-3 if near_end else 3, -2),
         textcoords="offset points", ha="right" if near_end else "left", va="top", fontsize=8,
     )  # fmt: skip
-    unprofiled = f"{row['call']:.3g} ms, {row['call'] / row['floor']:.2f} × the floor"
-    axis.set_title(f"{row['operation']}, {row['case']}: {unprofiled}", loc="left", fontsize=9, pad=24)
+    unprofiled = f"{milliseconds(row['call'])} ms, {row['call'] / row['floor']:.2f} × the floor"
+    axis.set_title(f"{row['operation']}, {row['case']}: {unprofiled}", loc="left", fontsize=9, pad=30)
     axis.set(yticks=[], ylim=(-0.62, 0.3), xlim=(0, end))
     axis.spines["left"].set_visible(False)
 
@@ -163,7 +167,7 @@ def kernels(found: list[Count], table: list[dict[str, str]], devices: tuple[Devi
     """A row for each kernel: the least time by bytes and by operations on each device, and what the compiler says."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(10, 0.42 * len(found) + 1.2), layout="constrained")
-        axis.axvspan(1e-3, LAUNCH, color="#F2F2F2", linewidth=0)
+        axis.axvspan(1e-3, LAUNCH, color="#F2F2F2", linewidth=0, zorder=-2)
         axis.text(1.2e-3, len(found) - 0.5, "shorter than a launch takes", fontsize=8, color="#777777", va="bottom")
         for i, (c, row) in enumerate(zip(found, table, strict=True)):
             for j, device in enumerate(devices):
@@ -177,7 +181,7 @@ def kernels(found: list[Count], table: list[dict[str, str]], devices: tuple[Devi
                 axis.plot([memory, unit], [y, y], color="#CCCCCC", linewidth=1, zorder=0)
             spilled = "" if row["spilled"] == "0" else f", {row['spilled']} bytes spilled"
             size = f"{c.bytes / 1e6:.3g} MB" if c.bytes >= 1e6 else f"{c.bytes / 1e3:.3g} KB"
-            text = f"{size}, {c.blocks:,} blocks · {row['registers']} registers, occupancy {row['occupancy']}"
+            text = f"{size}, {c.blocks:,} block{'s' * (c.blocks > 1)} · {row['registers']} registers, occupancy {row['occupancy']}"
             axis.text(1.01, i, text + spilled, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
         axis.set_yticks(range(len(found)), [c.kernel for c in found])
         axis.set(

@@ -41,6 +41,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 IMPL = "triton" if ON_GPU else "streaming"
 CUDA_BUILT = ON_GPU and not dispatch.why_not("cuda")
 OTHER = "chunks, copies, Python"
+PRODUCTS = "products with A, passes over it"
 
 # Whose function, its name, the part that its time is.
 PARTS = (
@@ -59,14 +60,14 @@ PARTS = (
     (rows, "_top_k", "top K"),
     (rows, "_entropy", "top K"),
     (rows, "subtract_logits", "difference of the logits"),
-    (spectral, "randomized_svd", "products with A"),
+    (spectral, "randomized_svd", PRODUCTS),
     (spectral, "orthonormal", "CholeskyQR"),
 )
 OPERATORS = {
     "aten::_softmax": "softmax",
     "aten::scatter_add_": "scatter",
     "aten::_linalg_svd": "small decomposition",
-    "balora::randomized_svd": "products with A",
+    "balora::randomized_svd": PRODUCTS,
     "aten::linalg_cholesky_ex": "CholeskyQR",
     "aten::linalg_solve_triangular": "CholeskyQR",
 }
@@ -328,11 +329,11 @@ def text_of(found: list[dict[str, Any]]) -> str:
     """Markdown: a table of the calls, a table of their parts."""
     calls, parts = [], []
     for row in found:
-        numbers = {key: f"{row[key]:.3g}" for key in ("call", "spread", "floor", "profiled")}
+        numbers = {key: profile_plots.milliseconds(row[key]) for key in ("call", "spread", "floor", "profiled")}
         calls.append({**row, **numbers, "ratio": f"{row['call'] / row['floor']:.2f}"})
         for name, ms in sorted(row["parts"].items(), key=lambda item: -item[1]):
             share = f"{100 * ms / row['profiled']:.1f} %"
-            parts.append({**row, "part": name, "ms": f"{ms:.3g}", "share": share})
+            parts.append({**row, "part": name, "ms": profile_plots.milliseconds(ms), "share": share})
     columns = {"operation": "operation", "case": "case", "call": "ms", "spread": "±", "floor": "floor, ms"}
     columns |= {"ratio": "× floor", "floor_label": "the floor is", "profiled": "ms under the profiler"}
     of_parts = {"operation": "operation", "case": "case", "part": "part", "ms": "ms", "share": "share"}
