@@ -12,6 +12,7 @@ from unittest import mock
 import harness
 import linear_objective
 import torch
+from profile_plots import milliseconds
 from torch import Tensor
 
 from balora import rows, streaming
@@ -28,7 +29,7 @@ def measure(n: int, d: int, vocab: int, rounds: int) -> list[dict[str, Any]]:
         base = harness.median_and_spread(next(iter(seconds.values())))[0]
         for way, times in seconds.items():
             ms, spread = harness.median_and_spread(times)
-            row = {"group": group, "way": way, "ms": f"{ms:.3g}", "spread": f"{spread:.2g}"}
+            row = {"group": group, "way": way, "ms": milliseconds(ms), "spread": milliseconds(spread)}
             found.append({**row, "ratio": f"{ms / base:.2f}"})
     return found
 
@@ -61,7 +62,6 @@ def steps(vocab: int) -> dict[str, dict[str, Callable[[], object]]]:
             "torch.topk": lambda: z.topk(21),
             "torch.topk, unsorted": lambda: z.topk(21, sorted=False),
             "maxima of blocks of 64, then topk twice": lambda: by_blocks(z, 21, 64),
-            "sort": lambda: z.sort(-1, descending=True).values[:, :21],
         },
         "inner product of each row": {
             "mul into a buffer, sum": lambda: torch.mul(p, delta, out=work[0]).sum(-1),

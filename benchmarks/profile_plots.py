@@ -77,8 +77,9 @@ def _bar(axis: Any, row: dict[str, Any], looks: dict[str, dict[str, str]], names
     _label(axis, labels, end)
     axis.plot([row["floor"]] * 2, [-0.33, 0.33], color="black", linewidth=2)
     near_end = row["floor"] > 0.6 * end
+    text = f"floor {milliseconds(row['floor'])} ms: {row['floor_label']}"
     axis.annotate(
-        f"floor {milliseconds(row['floor'])} ms: {row['floor_label']}", (row["floor"], -0.33), (-3 if near_end else 3, -2),
+        text, (row["floor"], -0.33), (-3 if near_end else 3, -2),
         textcoords="offset points", ha="right" if near_end else "left", va="top", fontsize=8,
     )  # fmt: skip
     unprofiled = f"{milliseconds(row['call'])} ms, {row['call'] / row['floor']:.2f} × the floor"
@@ -181,7 +182,8 @@ def kernels(found: list[Count], table: list[dict[str, str]], devices: tuple[Devi
                 axis.plot([memory, unit], [y, y], color="#CCCCCC", linewidth=1, zorder=0)
             spilled = "" if row["spilled"] == "0" else f", {row['spilled']} bytes spilled"
             size = f"{c.bytes / 1e6:.3g} MB" if c.bytes >= 1e6 else f"{c.bytes / 1e3:.3g} KB"
-            text = f"{size}, {c.blocks:,} block{'s' * (c.blocks > 1)} · {row['registers']} registers, occupancy {row['occupancy']}"
+            text = f"{size}, {c.blocks:,} block{'s' * (c.blocks > 1)} · "
+            text += f"{row['registers']} registers, occupancy {row['occupancy']}"
             axis.text(1.01, i, text + spilled, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
         axis.set_yticks(range(len(found)), [c.kernel for c in found])
         axis.set(
@@ -202,7 +204,8 @@ def alternatives(found: list[dict[str, Any]], path: Path) -> None:
             taken = row["group"] != group
             if taken:
                 y += 0.9
-                axis.text(0.31, y - 0.75, row["group"], fontweight="bold", fontsize=9, va="center")
+                axis.text(0.31, y - 0.75, row["group"], fontweight="bold", fontsize=9, va="center",
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
                 group = row["group"]
             ratio = float(row["ratio"])
             axis.barh(y, ratio - 0.3, left=0.3, height=0.7, color="#0072B2" if taken else "#E69F00")
@@ -211,7 +214,7 @@ def alternatives(found: list[dict[str, Any]], path: Path) -> None:
             places.append((y, row["way"]))
             y += 1
         axis.set_yticks(*zip(*places, strict=True))
-        axis.axvline(1, color="black", linewidth=1)
+        axis.axvline(1, color=GREY, linewidth=1, zorder=-1)
         axis.set(xscale="log", xlabel="time, in that of balora's way", ylim=(y, -0.6))
         axis.set_xlim(0.3, 2 * max(float(row["ratio"]) for row in found))
         ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50) if tick < axis.get_xlim()[1]]
