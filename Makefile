@@ -4,6 +4,7 @@
 # make evidence  docs/evidence.md again: `balora compare` on small models and real data (SHARED=folder of data and models; about an hour)
 # make lint   ruff and mypy
 # make gpu    builds the extension, runs the GPU tests, then the benchmarks to benchmarks/results/; nothing to download
+# make gpu-profiles  where every operation's time goes on a GPU; with Nsight Compute (ncu) on the PATH also counters of each kernel
 # make gpu-sanitize  a few GPU tests under compute-sanitizer (memcheck, racecheck; the extension's also initcheck, synccheck)
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # balora with its extension, built for the torch of $(VENV); PATH, for ninja.
 BALORA := PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation
 
-.PHONY: demo test lint bench evidence gpu gpu-sanitize clean
+.PHONY: demo test lint bench evidence gpu gpu-profiles gpu-sanitize clean
 
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore::FutureWarning $(BIN)/python examples/demo.py --data $(DATA) --output_dir $(RUN)
@@ -60,6 +61,17 @@ gpu:
 	$(GPU) benchmarks/randomized_svd.py --out $(RESULTS)/randomized-svd-gpu
 	$(GPU) benchmarks/pissa_setup.py --out $(RESULTS)/pissa-setup-gpu
 	$(GPU) -m pytest -q tests/gpu/test_kernels.py -k two_percent -rP | grep "^KL" > $(RESULTS)/kl-accuracy-gpu.txt
+
+NCU := ncu --set full --metrics sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active \
+  --profile-from-start off --csv --page raw --log-file runs/ncu.csv
+
+gpu-profiles:
+	mkdir -p runs
+	$(GPU) benchmarks/profiles.py --out docs/profiles
+	if command -v ncu > /dev/null; then \
+	  $(GPU:$(PYTHON)=$(NCU) $(PYTHON)) benchmarks/profiles.py --once && \
+	  $(GPU) benchmarks/ncu_table.py runs/ncu.csv $(RESULTS)/profiles-ncu.csv; \
+	else echo "skipped: ncu (Nsight Compute) is not on the PATH, so there are no counters of single kernels"; fi
 
 gpu-sanitize:
 	for tool in memcheck racecheck; do \

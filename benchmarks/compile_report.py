@@ -77,11 +77,13 @@ class Launch:
         kinds = sorted({v[1:] for k, v in self.signature.items() if k in pointers and v[0] == "*"})
         return " ".join([*kinds, *(k if v is True else f"{k}={v}" for k, v in flags.items())])
 
-    def compile(self, arch: int) -> dict:
+    def machine_code(self, arch: int):
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
-        found = triton.compile(
-            source, target=GPUTarget("cuda", arch, 32), options={"num_warps": self.warps, "enable_fp_fusion": True}
-        )
+        options = {"num_warps": self.warps, "enable_fp_fusion": True}
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+    def compile(self, arch: int) -> dict:
+        found = self.machine_code(arch)
         registers, stack, local = _resources(found.asm["cubin"])
         shared = found.metadata.shared
         all_registers, all_shared, threads, blocks = LIMITS[arch]
