@@ -9,6 +9,7 @@ names hold ``lora_`` and the adapter's name. Each form has names of its own, so 
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .four_bit import dequantized, is_4bit
-from .sharding import full
+from .sharding import full, hooked
 
 ADAPTER = "default"
 # The attribute of a model's configuration that says: the weights are W_res, and the adapter lies in this folder beside.
@@ -53,6 +54,55 @@ class _FrozenPath(torch.autograd.Function):
         return ((grad @ b0.to(grad.dtype)) @ a0.to(grad.dtype)).to(ctx.dtype), None, None
 
 
+class _OffsetPath(torch.autograd.Function):
+    """s·(B(A x) − B₀(A₀ x)), the bracket first, in ``dtype``.
+
+    Keeps x as the layer got it, or rounded to ``dtype`` where that is smaller: layers that share an input share it.
+    With modules in its place every layer would keep an x of its own, and autocast rounded copies of A and B: for
+    LLaMA-2-7B at r = 128 these are 0.64 GB (counted), as much as A₀ and B₀ take.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scaling: float, dtype: torch.dtype
+    ) -> Tensor:
+        rounded = x.to(dtype)
+        seen = F.linear(rounded, a.to(dtype))
+        # The two products alike, one after the other: equal factors give equal bits, and a difference of exactly 0.
+        result = F.linear(seen, b.to(dtype)).sub_(F.linear(F.linear(rounded, a0.to(dtype)), b0.to(dtype)))
+        ctx.save_for_backward(rounded if dtype.itemsize < x.dtype.itemsize else x, seen, a, b, a0, b0)
+        ctx.scaling, ctx.dtype, ctx.input_dtype = scaling, dtype, x.dtype
+        return result.mul_(scaling)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, seen, a, b, a0, b0 = ctx.saved_tensors
+        dtype, (need_x, need_a, need_b) = ctx.dtype, ctx.needs_input_grad[:3]
+        grad = grad.to(dtype) * ctx.scaling
+        by_x = by_a = by_b = None
+        # One product for both paths: what they have in common cancels before it is rounded.
+        down = grad @ torch.cat([b.to(dtype), b0.to(dtype)], 1)  # [..., 2r]
+        r = a.shape[0]
+        if need_x:
+            both = torch.cat([a.to(dtype), -a0.to(dtype)])  # [2r, in]
+            by_x = (down @ both).to(ctx.input_dtype)
+        if need_a:
+            by_a = (_rows(down[..., :r]).T @ _rows(x.to(dtype))).to(a.dtype)
+        if need_b:
+            by_b = (_rows(grad).T @ _rows(seen)).to(b.dtype)
+        return by_x, by_a, by_b, None, None, None, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _cast_input_dtype(self: LoraLayer, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """peft's method of a layer whose one active adapter casts its input by itself."""
+    return x if self.active_adapters == [ADAPTER] else LoraLayer._cast_input_dtype(self, x, dtype)
+
+
 class OffsetVariant(LoraVariant):
     """``W x + s·(B(A x) − B₀(A₀ x))``: the bracket first, one dropout mask for both."""
 
@@ -62,13 +112,19 @@ class OffsetVariant(LoraVariant):
         be zero."""
         _start(module, adapter_name, "offset", a0, b0)
         module.lora_variant[adapter_name] = OffsetVariant()
+        module._cast_input_dtype = types.MethodType(_cast_input_dtype, module)
 
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        x = module.lora_dropout[active_adapter](x)
-        trained = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
-        initial = _FrozenPath.apply(x, *frozen(module, active_adapter))
-        return result + (trained - initial) * module.scaling[active_adapter]
+        down, up, dropout = (m[active_adapter] for m in (module.lora_A, module.lora_B, module.lora_dropout))
+        scaling = module.scaling[active_adapter]
+        gathered = hooked(down) or hooked(up)
+        if gathered or not isinstance(dropout, nn.Identity):
+            x = dropout(x.to(down.weight.dtype))
+        if gathered:  # they have their weights in their own forward alone
+            return result + (up(down(x)) - _FrozenPath.apply(x, *frozen(module, active_adapter))) * scaling
+        dtype = _product_dtype(x, down.weight)
+        return result + _OffsetPath.apply(x, down.weight, up.weight, *frozen(module, active_adapter), scaling, dtype)
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -126,6 +182,14 @@ VARIANTS: dict[str, type[OffsetVariant] | type[ResidualVariant]] = {
     "offset": OffsetVariant,
     "residual": ResidualVariant,
 }
+
+
+def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The type that peft's adapters multiply in: autocast's, else that of A and B."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 def _start(module: LoraLayer, adapter: str, form: str, a0: Tensor, b0: Tensor) -> None:
