@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 # Okabe and Ito's, which color-blind readers tell apart; first those of balora.
-COLORS = ("#0072B2", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#8C564B", "#7F7F00", "#5E3C99")
+COLORS = ("#0B3C6F", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#8C564B", "#7F7F00", "#5E3C99")
 GRAY = "#666666"
 _WIDTH, _HEIGHT, _FONT = 10.6, 4.0, 9.5  # inches, points
 
@@ -26,7 +26,7 @@ class Line(NamedTuple):
     width: float = 1.2  # points
 
 
-def draw(path: Path, title: str, axis: str, panels: dict[str, list[Line]]) -> None:
+def draw(path: Path, title: str, subtitle: str, axis: str, panels: dict[str, list[Line]]) -> None:
     """Write a PNG.
 
     Args:
@@ -36,11 +36,12 @@ def draw(path: Path, title: str, axis: str, panels: dict[str, list[Line]]) -> No
     figure = Figure(figsize=(_WIDTH * len(panels) / 2, _HEIGHT), dpi=160)
     FigureCanvasAgg(figure)
     figure.text(0.012, 0.95, title, fontsize=_FONT + 1.5, fontweight="bold", va="center")
+    figure.text(0.012, 0.89, subtitle, fontsize=_FONT - 1, color=GRAY, va="center")
     for i, (unit, lines) in enumerate(panels.items()):
         share = 1 / len(panels)
         longest = max(len(line.label) for line in lines)
         names = 0.0093 * longest * 2 * share * _FONT / 9.5 + 0.01  # of the figure's width
-        axes = figure.add_axes((i * share + 0.05, 0.13, share - 0.05 - names * 0.68, 0.68))
+        axes = figure.add_axes((i * share + 0.05, 0.13, share - 0.05 - names * 0.72, 0.65))
         _panel(axes, axis, unit, lines)
     figure.savefig(path)
 

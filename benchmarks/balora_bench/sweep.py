@@ -12,6 +12,8 @@ from .measure import MEASURED, NOT_HERE, Row, measure
 from .operation import Implementation, Operation, Shape
 from .tables import Report, grid, number
 
+_MEANING = {"N": "tokens", "V": "vocabulary"}
+
 
 def shapes(first: Shape, last: Shape) -> list[Shape]:
     """From the first to the last, which differ in one size, doubling it."""
@@ -93,7 +95,7 @@ def _report(
     shown += [f"  {end}" for end in ends]
     written += ["\n".join(f"- {end}" for end in ends)] if ends else []
     if report.picture is not None and measured:
-        _draw(operation, axis, dtype, lines, title, report.picture)
+        _draw(operation, axis, dtype, lines, title, report.subtitle, report.picture)
         written.insert(0, f"![{title}]({report.picture.name})")
     report.add(title, "\n".join(shown), "\n\n".join(written), rows)
 
@@ -104,6 +106,7 @@ def _draw(
     dtype: str,
     lines: dict[str, dict[int, Row]],
     title: str,
+    subtitle: str,
     picture: Path,
 ) -> None:
     """Memory with inputs and gradients included, so that these are its floor."""
@@ -132,4 +135,4 @@ def _draw(
     panels = {"milliseconds, forward and backward": time}
     if len(memory) > 2:
         panels["peak MiB, inputs and gradients included"] = memory
-    plots.draw(picture, title, axis, panels)
+    plots.draw(picture, title, subtitle, f"{axis}, {_MEANING[axis]}", panels)

@@ -89,6 +89,10 @@ class Report:
         self._rows: list[Row] = []
 
     @property
+    def subtitle(self) -> str:
+        return f"{self._machine['device'].partition(' (')[0]}, torch {self._machine['torch']}, {self._machine['date']}"
+
+    @property
     def picture(self) -> Path | None:
         return self._path and self._path.with_suffix(".png")
 
