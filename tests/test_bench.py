@@ -170,6 +170,7 @@ def test_in_a_sweep_an_implementation_ends_where_it_ended(monkeypatch, capsys):
     assert cli.main([*arguments, "--terms", "ce", "--impl", "planted", "streaming", "--rounds", "1"]) == 0
     out = capsys.readouterr().out
     assert "planted: from N 80 on: out of memory" in out
+    assert out.count("planted: ") == 1  # not tried again
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()[:2] in ("20", "40", "80", "16")}
     assert {size: len(cells) - 1 for size, cells in lines.items()} == {"20": 3, "40": 3, "80": 2, "160": 2}
 

@@ -16,7 +16,7 @@ from .measure import FAILED, OUTSIDE, Row, measure
 from .operation import Operation, Shape
 from .operations import OPERATIONS
 
-_SLOW, _SLOW_OF_A_SWEEP = 30.0, 10.0  # seconds of a run, beyond which it is not timed
+_SLOW = 5.0 if harness.ON_GPU else 10.0  # seconds of a run, beyond which it is not timed
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -25,13 +25,14 @@ def main(argv: Sequence[str]) -> int:
     arguments that do not fit, else 0."""
     arguments = _parser().parse_args(argv)
     try:
-        chosen = [OPERATIONS[n] for n in _known("operation", arguments.operations, OPERATIONS)] or [
-            *OPERATIONS.values()
-        ]
+        names = _known("operation", arguments.operations, OPERATIONS) or OPERATIONS
+        chosen = [OPERATIONS[name] for name in names]
         if arguments.list:
             print("\n\n".join(_listed(operation) for operation in chosen))
             return 0
         _check(arguments, chosen)
+        wanted = set(arguments.impl)
+        chosen = [o for o in chosen if not wanted or wanted & {i.name for i in o.implementations}]
         tables_of = _tables(arguments, chosen)
         sweeps_of = _sweeps(arguments, chosen)
     except ValueError as error:
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     for operation, shapes in tables_of:
         rounds = arguments.rounds or (10 if harness.ON_GPU else 5)
         report = tables.Report(arguments.out, operation.name, machine, argv, rounds)
-        implementations = [i for i in operation.implementations if not arguments.impl or i.name in arguments.impl]
+        implementations = [i for i in operation.implementations if i.name in (arguments.impl or [i.name])]
         for shape, dtype in product(shapes, arguments.dtypes or operation.defaults.dtypes):
             rows: list[Row] = []
             for term in [t for t in operation.terms if t in arguments.terms] or operation.terms:
@@ -58,12 +59,10 @@ def main(argv: Sequence[str]) -> int:
         rounds = arguments.rounds or (5 if harness.ON_GPU else 3)
         report = tables.Report(arguments.out, f"{operation.name}-{axis}", machine, argv, rounds)
         dtype = (arguments.dtypes or operation.defaults.dtypes)[0]
-        every = [i for i in operation.implementations if i.name != "reference"]
-        implementations = [i for i in operation.implementations if i.name in arguments.impl] or every
+        asked = arguments.impl or [i.name for i in operation.implementations if i.name != "reference"]
+        implementations = [i for i in operation.implementations if i.name in asked]
         terms = [t for t in operation.terms if t in arguments.terms] or [*operation.terms[:2]]
-        found += sweep.run(
-            operation, axis, sizes, dtype, terms, implementations, rounds, _SLOW_OF_A_SWEEP, bandwidth, report
-        )
+        found += sweep.run(operation, axis, sizes, dtype, terms, implementations, rounds, _SLOW, bandwidth, report)
     bad = {row["implementation"] for row in found if row.get("own") and row["status"] in (OUTSIDE, FAILED)}
     if bad:
         print(f"balora bench: {', '.join(sorted(bad))}: outside the error budget, or failed", file=sys.stderr)

@@ -196,7 +196,7 @@ SVD = Operation(
         Implementation("svd-lowrank-64", svd_lowrank(64, 4), note="torch.svd_lowrank, q 64, 4 iterations"),
     ),
     cpu=Defaults([(256, 8000), (600, 8000)], ["bfloat16", "float32"]),
-    gpu=Defaults([(512, 32000), (2048, 32000)], ["bfloat16"]),
+    gpu=Defaults([(512, 32000), (1024, 32000)], ["bfloat16"]),
 )
 COVARIANCE = Operation(
     name="covariance_loss",

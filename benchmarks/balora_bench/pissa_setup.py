@@ -119,5 +119,5 @@ OPERATION = Operation(
         Implementation("peft-pissa", peft_exact, note="torch.linalg.svd"),
     ),
     cpu=Defaults([(2, 1024, 2752, 128)], ["bfloat16"]),
-    gpu=Defaults([(32, 4096, 11008, 128)], ["bfloat16"]),
+    gpu=Defaults([(8, 4096, 11008, 128)], ["bfloat16"]),  # a quarter of LLaMA-2-7B
 )
