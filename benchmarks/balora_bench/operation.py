@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ def compiled(function: Function) -> Function:
 
 @cache
 def _compile(function: Function) -> Function:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # of its own parts
     return torch.compile(function)
 
 
