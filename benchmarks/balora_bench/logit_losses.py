@@ -144,8 +144,8 @@ def plain_covariance(p: Logits) -> Tensor:
 
 
 _SWEEPS_CPU: dict[str, tuple[Shape, Shape]] = {
-    "N": ((32, 32000), (2048, 32000)),
-    "V": ((256, 4000), (256, 256000)),
+    "N": ((32, 32000), (1024, 32000)),
+    "V": ((128, 4000), (128, 256000)),
 }
 _SWEEPS_GPU: dict[str, tuple[Shape, Shape]] = {
     "N": ((512, 131072), (16384, 131072)),
