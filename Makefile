@@ -1,10 +1,11 @@
 # make demo   set everything up, fine-tune SmolLM2-135M on word problems, compare before and after (DATA=… for your own)
 # make test   set everything up, run the tests; ends with the branches of balora/ that no test takes
-# make bench  linear_objective against its peers, and the microbenchmarks, on this machine
+# make bench  every operation against its peers (`balora bench`), and the microbenchmarks, on this machine
 # make evidence  docs/evidence.md again: `balora compare` on small models and real data (SHARED=folder of data and models; about an hour)
 # make lint   ruff and mypy
-# make gpu    builds the extension, runs the GPU tests, then the benchmarks to benchmarks/results/; nothing to download
-# make gpu-profiles  where every operation's time goes on a GPU; with Nsight Compute (ncu) on the PATH also counters of each kernel
+# make gpu    builds the extension, runs the GPU tests, then the benchmarks to benchmarks/results/; nothing to download.
+#             Its parts, of less than ten minutes each: gpu-build, gpu-tests, gpu-bench, gpu-sweep, gpu-cost (COST=shapes), gpu-profiles
+#             (with Nsight Compute, ncu, on the PATH also counters of each kernel)
 # make gpu-sanitize  a few GPU tests under compute-sanitizer (memcheck, racecheck; the extension's also initcheck, synccheck)
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # balora with its extension, built for the torch of $(VENV); PATH, for ninja.
 BALORA := PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation
 
-.PHONY: demo test lint bench evidence gpu gpu-profiles gpu-sanitize clean
+.PHONY: demo test lint bench evidence gpu gpu-build gpu-tests gpu-bench gpu-sweep gpu-cost gpu-profiles gpu-sanitize clean
 
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore::FutureWarning $(BIN)/python examples/demo.py --data $(DATA) --output_dir $(RUN)
@@ -30,10 +31,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/linear_objective.py
-	$(BIN)/python benchmarks/logit_losses.py
-	$(BIN)/python benchmarks/randomized_svd.py
-	$(BIN)/python benchmarks/pissa_setup.py
+	$(BIN)/balora bench
 	$(BIN)/python -m pytest benchmarks/test_micro.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 SHARED ?= ../shared
@@ -52,15 +50,27 @@ evidence: $(VENV)/.dev
 
 GPU := HF_HUB_OFFLINE=1 PYTHONPATH=.:kernels:benchmarks $(PYTHON)
 RESULTS ?= benchmarks/results
+COST ?= llama-2-7b llama-3-8b gemma-2-2b
 
-gpu:
+gpu: gpu-build gpu-tests gpu-bench gpu-sweep gpu-cost gpu-profiles
+
+gpu-build:
 	BALORA_CUDA=1 $(PYTHON) setup.py build_ext --inplace
+
+gpu-tests:
 	$(GPU) -m pytest -q tests/gpu tests/test_fused.py tests/test_kernels.py -k "not compiles_without_a_spill"
-	$(GPU) benchmarks/linear_objective.py --out $(RESULTS)/linear-objective-gpu
-	$(GPU) benchmarks/logit_losses.py --out $(RESULTS)/logit-losses-gpu
-	$(GPU) benchmarks/randomized_svd.py --out $(RESULTS)/randomized-svd-gpu
-	$(GPU) benchmarks/pissa_setup.py --out $(RESULTS)/pissa-setup-gpu
 	$(GPU) -m pytest -q tests/gpu/test_kernels.py -k two_percent -rP | grep "^KL" > $(RESULTS)/kl-accuracy-gpu.txt
+
+gpu-bench:
+	$(GPU) -m balora.cli bench --sweep none --out $(RESULTS)/gpu
+
+gpu-sweep:
+	$(GPU) -m balora.cli bench --sweep N V --out $(RESULTS)/gpu
+
+gpu-cost:
+	for model in $(COST); do \
+	  $(GPU) -m balora.cli bench training_cost $$model --out $(RESULTS)/gpu/training-cost-$$model || exit 1; \
+	done
 
 NCU := ncu --set full --metrics sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active \
   --profile-from-start off --csv --page raw --log-file runs/ncu.csv

@@ -12,8 +12,9 @@ from . import __version__, _import, info
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``balora train …``, ``export …``, ``compare …``, ``quantize …``, ``info``; returns the exit status: 0, 1 where
-    runs of a comparison failed, 2 for arguments or data that do not fit, 130 for an interrupted comparison."""
+    """``balora train | export | compare | quantize | bench | info …``; returns the exit status: 0, 1 where runs of a
+    comparison failed or a result of a benchmark was wrong, 2 for arguments or data that do not fit, 130 for an
+    interrupted comparison."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["compare-run"]:  # the process of one run of a comparison
         return _compare_run(*argv[1:])
@@ -30,12 +31,14 @@ def main(argv: list[str] | None = None) -> int:
         help="several methods and seeds, one table; `balora compare --help` lists every option",
     )
     commands.add_parser("quantize", add_help=False, help="split a model into 4-bit weights and PiSSA adapters to train")
+    commands.add_parser("bench", add_help=False, help="time and memory of every operation, beside its peers")
     commands.add_parser("info", help="versions, devices, which implementation runs, and why the others do not")
     command = parser.parse_args(argv if argv[:1] == ["info"] else argv[:1]).command
     if command == "info":
         info()
         return 0
-    return {"train": _train, "export": _export, "compare": _compare, "quantize": _quantize}[command](argv[1:])
+    run = {"train": _train, "export": _export, "compare": _compare, "quantize": _quantize, "bench": _bench}
+    return run[command](argv[1:])
 
 
 def _train(argv: list[str]) -> int:
@@ -167,6 +170,15 @@ def _quantize(argv: list[str]) -> int:
     print(quantized.summary(errors))
     print(f"model: {options['output_dir']} (balora train --model {options['output_dir']} …)")
     return 0
+
+
+def _bench(argv: list[str]) -> int:
+    try:
+        from balora_bench import cli
+    except ModuleNotFoundError as error:
+        print(f"balora bench: error: {error} (the source is in benchmarks/)", file=sys.stderr)
+        return 2
+    return cli.main(argv)
 
 
 def _train_arguments(run: Any, argv: list[str]) -> tuple[dict[str, Any], tuple]:

@@ -21,9 +21,9 @@ from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # read when the kernels are imported
 
-import harness
 import torch
 import triton
+from balora_bench import harness
 from balora_kernels import eigh, rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

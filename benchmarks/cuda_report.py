@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-import harness
+from balora_bench import harness
 
 CSRC = Path(__file__).parents[1] / "csrc"
 ARCHS = (80, 90, 100)

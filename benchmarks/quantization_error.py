@@ -17,9 +17,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import harness
 import torch
 import torch.nn.functional as F
+from balora_bench import harness
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

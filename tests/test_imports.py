@@ -216,7 +216,7 @@ MAY_IMPORT = {
         "balora.results",
         "balora.sources",
     },
-    "cli": {"transformers", "yaml", "balora", "balora.config"},
+    "cli": {"transformers", "yaml", "balora", "balora.config", "balora_bench"},
 }
 
 

@@ -1,7 +1,7 @@
 """What a training step costs: Full FT, LoRA, PiSSA, BA-LoRA as published, BA-LoRA with balora, under HF's Trainer.
 
-    python benchmarks/training_cost.py ../shared/models/stories15M --length 250 --data ../shared/data/gsm8k/train.jsonl
-    python benchmarks/training_cost.py llama-2-7b llama-3-8b gemma-2-2b --out benchmarks/results/training-cost-gpu
+    balora bench training_cost ../shared/models/stories15M --length 250 --data ../shared/data/gsm8k/train.jsonl --r 32
+    balora bench training_cost llama-2-7b llama-3-8b gemma-2-2b --out benchmarks/results/gpu/training-cost
 
 A model is a folder, or the name of a public shape; without weights they are drawn at random. Every method runs in a
 process of its own: the peak is that process's while it steps, without its set-up. On a CPU the processes take turns, a
@@ -26,250 +26,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import harness
-import peft
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoTokenizer
 
-import balora
 from balora.data import read, tokenize
-from balora.targets import default_targets
-from balora.trainer import BALoraTrainer
 
-METHODS = {
-    "full": "full fine-tuning",
-    "lora": "LoRA",
-    "pissa": "PiSSA",
-    "published": "BA-LoRA as published",
-    "balora": "BA-LoRA with balora",
-}
-PARTS = ("teacher", "student", "loss", "backward", "rest")
-PART_STEPS = 3
-ALL_TERMS = balora.BALoraConfig(consistency_schedule="constant", focus_schedule="constant")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from . import harness
+from .training_methods import METHODS, PART_STEPS, PARTS, SHAPES, config_of, steps_of
+
 TOLERANCE = 0.02  # of balora's losses, against the published method's
-
-# Public configurations, for models of random weights.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-2-7b": dict(
-        model_type="llama", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096, rms_norm_eps=1e-5,
-    ),
-    "llama-3-8b": dict(
-        model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, rms_norm_eps=1e-5,
-    ),
-    "gemma-2-2b": dict(
-        model_type="gemma2", hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=256, vocab_size=256000, max_position_embeddings=8192, tie_word_embeddings=True,
-        final_logit_softcapping=30.0, attn_logit_softcapping=50.0,
-    ),
-}  # fmt: skip
-
-
-# ---------------------------------------------------------------- one method, in its own process
-
-
-def child(spec: dict[str, Any]) -> None:
-    """Set up, then a step for every line on stdin, and a JSON object a step on stdout."""
-    torch.manual_seed(0)
-    model, teacher = build(spec)
-    rows = json.loads(Path(spec["rows"]).read_text())
-    first_parts = spec["warm_up"] + spec["steps"]
-    parts = Parts()
-    operations: list[int] = []
-
-    class Steps(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 0:
-                harness.reset_peak()
-            if state.global_step == first_parts:
-                parts.attach(trainer.model, teacher, trainer.accelerator)
-            if state.global_step == state.max_steps - 1:
-                trainer.training_step = counted(trainer.training_step, operations)
-            say({"ready": state.global_step})
-            sys.stdin.readline()
-            harness.synchronize()
-            self.start = time.perf_counter()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            harness.synchronize()
-            self.seconds = time.perf_counter() - self.start
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if "loss" not in logs:
-                return
-            found = {"seconds": self.seconds, "loss": float(logs["loss"]), "peak": harness.peak()}
-            if state.global_step == state.max_steps:
-                found["operations"] = sum(operations)
-            elif state.global_step > first_parts:
-                found["parts"] = parts.of_step(self.seconds)
-            say(found)
-            if state.global_step == state.max_steps:
-                sys.stdin.readline()  # what follows would disturb the steps of the others
-
-    class CostTrainer(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            if teacher is None:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            with torch.no_grad():
-                teacher_logits = teacher(**{k: v for k, v in inputs.items() if k != "labels"}).logits
-            outputs = model(**inputs)
-            return published_loss(outputs.loss, outputs.logits, teacher_logits, inputs["labels"])
-
-    arguments = TrainingArguments(
-        spec["scratch"],
-        per_device_train_batch_size=spec["batch"],
-        max_steps=steps_of(spec),
-        learning_rate=2e-5,
-        lr_scheduler_type="constant",
-        bf16=spec["dtype"] == "bfloat16",
-        gradient_checkpointing=spec["checkpointing"],
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=DEVICE == "cpu",
-    )
-    trainer_class = BALoraTrainer if spec["method"] == "balora" else CostTrainer
-    examples = [{"input_ids": row, "labels": row} for row in rows]
-    trainer = trainer_class(model, arguments, train_dataset=examples, callbacks=[Steps()])
-    trainer.train()
-
-
-def say(message: dict) -> None:
-    print(json.dumps(message), file=CHANNEL, flush=True)
-
-
-def build(spec: dict[str, Any]):
-    """The model of a method, and the published method's second model."""
-    method, r = spec["method"], spec["r"]
-    model = load(spec)
-    model.config.use_cache = False
-    if method == "full":
-        return model, None
-    if method == "balora":
-        model = balora.get_pissa_model(model, r=r, lora_alpha=r, task_type="CAUSAL_LM")
-        return balora.attach(model, ALL_TERMS), None
-    config = peft.LoraConfig(
-        r=r,
-        lora_alpha=r,
-        target_modules=default_targets(model),
-        task_type="CAUSAL_LM",
-        init_lora_weights=True if method == "lora" else "pissa_niter_4",
-    )
-    model = peft.get_peft_model(model, config)
-    if method != "published":
-        return model, None
-    return model, load(spec).eval().requires_grad_(False).to(DEVICE)
-
-
-def published_loss(ce: Tensor, logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """CE + λ₁·L_CR + λ₂·L_DR + λ₃·L_SVD (2025 paper) as its text has them, every [N, V] tensor materialized."""
-    config = ALL_TERMS
-    valid = labels[:, 1:] != -100
-    z, z_teacher = logits[:, :-1][valid].float(), teacher_logits[:, :-1][valid].float()  # [N, V]
-    t = config.temperature
-    kl = F.kl_div(F.log_softmax(z / t, -1), F.softmax(z_teacher / t, -1), reduction="batchmean") * t**2
-    q = F.softmax(z.topk(config.entropy_top_k, -1).values, -1)
-    diversity = (q * torch.log(q + 1e-12)).sum(-1).mean()
-    sigma = torch.svd_lowrank(z, q=15, niter=2)[1]
-    svd = -sigma[: int(config.svd_rank)].sum() / torch.linalg.matrix_norm(z)
-    return ce + config.lambda_consistency * kl + config.lambda_diversity * diversity + config.lambda_svd * svd
-
-
-def load(spec: dict[str, Any]) -> nn.Module:
-    dtype, folder = getattr(torch, spec["dtype"]), Path(spec["model"])
-    if any(folder.glob("*.safetensors")):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        return AutoModelForCausalLM.from_config(config_of(spec["model"]), dtype=dtype)
-
-
-def config_of(model: str) -> PreTrainedConfig:
-    if model in SHAPES:
-        return AutoConfig.for_model(**SHAPES[model])
-    return AutoConfig.from_pretrained(model, local_files_only=True)
-
-
-def counted(step: Callable[..., Any], operations: list[int]) -> Callable[..., Any]:
-    """The training step, adding the floating-point operations of its products, forward and backward, to the list."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with FlopCounterMode(display=False) as counter:
-            result = step(*args, **kwargs)
-        operations.append(counter.get_total_flops())
-        return result
-
-    return run
-
-
-class Parts:
-    """Where a step's time goes: hooks around the decoder, the backward and the gradient of the last hidden state."""
-
-    def __init__(self) -> None:
-        self.at: dict[str, float] = {}
-
-    def attach(self, model: nn.Module, teacher: nn.Module | None, accelerator: Any) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        decoder = base.get_decoder()
-        decoder.register_forward_pre_hook(lambda *_: self.mark("in" if torch.is_grad_enabled() else "teacher in"))
-        decoder.register_forward_hook(self._out)
-        if teacher is not None:
-            teacher.register_forward_pre_hook(lambda *_: self.mark("teacher in"))
-            teacher.register_forward_hook(lambda *_: self.mark("teacher out"))
-        backward = accelerator.backward
-
-        def timed(loss: Tensor, **kwargs: Any) -> None:
-            backward(loss, **kwargs)
-            self.mark("end")
-
-        accelerator.backward = timed
-
-    def mark(self, name: str) -> None:
-        harness.synchronize()
-        self.at[name] = time.perf_counter()
-
-    def _out(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not torch.is_grad_enabled():
-            return self.mark("teacher out")
-        output.last_hidden_state.register_hook(lambda grad: self.mark("hidden"))
-        return self.mark("out")
-
-    def of_step(self, seconds: float) -> dict[str, float]:
-        at = self.at
-        found = {
-            "teacher": at.get("teacher out", 0.0) - at.get("teacher in", 0.0),
-            "student": at["out"] - at["in"],
-            "loss": at["hidden"] - at["out"],
-            "backward": at["end"] - at["hidden"],
-        }
-        return found | {"rest": seconds - sum(found.values())}
-
-
-# ---------------------------------------------------------------- all methods
-
-
-def steps_of(spec: dict[str, Any]) -> int:
-    return spec["warm_up"] + spec["steps"] + PART_STEPS + 1  # the last one counts operations
 
 
 def measure(spec: dict[str, Any], methods: list[str], data: Path | None, rate: float) -> list[dict[str, Any]]:
@@ -280,7 +49,7 @@ def measure(spec: dict[str, Any], methods: list[str], data: Path | None, rate: f
         spec = spec | {"scratch": scratch, "rows": str(rows_file)}
         answers: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
         failed: dict[str, str] = {}
-        for group in [methods] if DEVICE == "cpu" else [[name] for name in methods]:
+        for group in [methods] if harness.DEVICE == "cpu" else [[name] for name in methods]:
             running = {name: Child(spec | {"method": name}) for name in group}
             for step in range(steps_of(spec)):
                 for name, process in running.items():
@@ -302,7 +71,7 @@ class Child:
     def __init__(self, spec: dict[str, Any]) -> None:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--child", json.dumps(spec)],
+            [sys.executable, "-m", "balora_bench.training_methods", json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -357,7 +126,7 @@ def gated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ours, published, pissa = (by_method.get(name) for name in ("balora", "published", "pissa"))
     if ours and published:
         pairs = zip(ours["losses"], published["losses"], strict=True)
-        apart = max(abs(a - b) / max(abs(b), 1e-6) for a, b in pairs)
+        apart = torch.tensor([abs(a - b) / max(abs(b), 1e-6) for a, b in pairs]).max().item()  # NaN if there is one
         ours["apart"] = apart
         if not apart <= TOLERANCE:
             for key in ("seconds", "spread", "peak_GB", "TFLOP", "floor", *PARTS):
@@ -365,10 +134,10 @@ def gated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ours["note"] = f"its losses are {apart:.1%} from the published method's, allowed {TOLERANCE:.0%}"
     elif ours:
         ours["note"] = "losses not checked: the published method did not run"
-    for row in rows if pissa else []:
-        if "seconds" in row:
-            pairs = {"x_seconds": "seconds", "x_peak": "peak_GB", "x_TFLOP": "TFLOP"}
-            row |= {ratio: row[key] / pissa[key] for ratio, key in pairs.items()}
+    for row in rows:
+        if pissa and "seconds" in row:
+            for ratio, key in (("x_seconds", "seconds"), ("x_peak", "peak_GB"), ("x_TFLOP", "TFLOP")):
+                row[ratio] = row[key] / pissa[key]
     return rows
 
 
@@ -453,23 +222,37 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 1 where balora has no figures."""
+    parser = argparse.ArgumentParser(
+        prog="balora bench training_cost",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("models", nargs="+", metavar="MODEL", help=f"a folder, or one of {', '.join(SHAPES)}")
     parser.add_argument("--data", type=Path, help="of the kind that balora train takes; unset: random tokens")
     parser.add_argument("--batch", type=int, default=4, help="rows")
     parser.add_argument("--length", type=int, default=512, help="tokens a row")
     parser.add_argument("--r", type=int, default=128, help="rank of the adapters (default 128)")
-    parser.add_argument("--dtype", default="float32" if DEVICE == "cpu" else "bfloat16", help="of the base weights")
+    parser.add_argument(
+        "--dtype",
+        default="float32" if harness.DEVICE == "cpu" else "bfloat16",
+        choices=("float32", "bfloat16"),
+        help="of the base weights",
+    )
     parser.add_argument("--steps", type=int, default=20, help="that are timed (default 20)")
     parser.add_argument("--warm_up", type=int, default=3, help="steps before them (default 3)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--checkpointing", nargs="+", default=["off", "on"], choices=["off", "on"])
     parser.add_argument("--out", type=Path, help="writes OUT.md and OUT.csv, and OUT-MODEL[-checkpointing].png")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     for model in arguments.models:
         if model not in SHAPES and not Path(model, "config.json").is_file():
             parser.error(f"MODEL: expected a folder with a config.json or one of {', '.join(SHAPES)}, found {model!r}")
+    for name, least in (("batch", 1), ("length", 2), ("r", 1), ("steps", 1), ("warm_up", 0)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name}: expected at least {least}, found {getattr(arguments, name)}")
     if arguments.data and not arguments.data.is_file():
         parser.error(f"--data: expected a file, found {str(arguments.data)!r}")
     rate = harness.product_rate(getattr(torch, arguments.dtype))
@@ -494,12 +277,3 @@ def main() -> int:
                 suffix = "-checkpointing" if checkpointing == "on" else ""
                 draw(rows, arguments.out.with_name(f"{arguments.out.name}-{Path(model).name.lower()}{suffix}.png"))
     return any(row["method"] == "balora" and "seconds" not in row for row in everything)
-
-
-if __name__ == "__main__":
-    CHANNEL = sys.stdout
-    if sys.argv[1:2] == ["--child"]:
-        sys.stdout = sys.stderr  # for what libraries print
-        child(json.loads(sys.argv[2]))
-    else:
-        sys.exit(main())

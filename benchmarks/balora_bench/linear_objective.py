@@ -1,0 +1,201 @@
+"""linear_objective, forward and backward, from hidden states.
+
+The floor is what any method pays: bare products of N·V·d in the inputs' own type, three with a teacher (its logits, the
+student's, the gradient by the hidden states), two for the cross-entropy alone. Beside balora's Triton path stands how
+many bytes it moves, counted from the shapes, and how long they take at the bandwidth of a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import balora
+
+from .harness import DEVICE, ON_GPU
+from .operation import Defaults, Implementation, Loss, Operation, Shape, compiled, needs, own
+
+ALL = balora.BALoraConfig()
+CONFIGS = {
+    "all": ALL,
+    "ce+kl": replace(ALL, lambda_diversity=0.0, lambda_svd=0.0, temperature=1.0),
+    "ce": replace(ALL, lambda_consistency=0.0, lambda_diversity=0.0, lambda_svd=0.0),
+    "kl": replace(ALL, lambda_consistency=1.0, lambda_diversity=0.0, lambda_svd=0.0, temperature=1.0),  # without CE
+}
+CHECKED = 64 if ON_GPU else 320  # rows: on a CPU more than a chunk
+
+
+class Inputs:
+    """Random ones: logits of size 3, the teacher a tenth of the hidden states away."""
+
+    def __init__(self, leaf: Tensor, teacher: Tensor, weight: Tensor, labels: Tensor, terms: str) -> None:
+        self.leaf, self.teacher, self.weight, self.labels = leaf, teacher, weight, labels
+        self.terms, self.config, self.head = terms, CONFIGS[terms], balora.LinearHead(weight)
+        self.held = sum(t.numel() * t.element_size() for t in (leaf, teacher, weight, labels))
+
+    def first(self, n: int, dtype: torch.dtype | None = None) -> Inputs:
+        leaf, teacher, weight = (t.detach() for t in (self.leaf[:n], self.teacher[:n], self.weight))
+        if dtype is not None:
+            leaf, teacher, weight = (t.to(dtype) for t in (leaf, teacher, weight))
+        found = Inputs(leaf.clone().requires_grad_(), teacher, weight, self.labels[:n], self.terms)
+        if dtype is None:
+            found.head = self.head  # with what a frozen head keeps
+        return found
+
+
+class LinearObjective(Loss):
+    def __init__(self, shape: Shape, dtype: torch.dtype, terms: str) -> None:
+        n, d, vocab = shape
+        g = torch.Generator(DEVICE).manual_seed(0)
+        hidden = torch.randn(n, d, generator=g, device=DEVICE)
+        teacher = (hidden + 0.1 * torch.randn(n, d, generator=g, device=DEVICE)).to(dtype)
+        weight = (torch.randn(vocab, d, generator=g, device=DEVICE) * (3 / d**0.5)).to(dtype)
+        labels = torch.randint(vocab, (n,), generator=g, device=DEVICE)
+        inputs = Inputs(hidden.to(dtype).requires_grad_(), teacher, weight, labels, terms)
+        super().__init__(inputs, naive if terms == "kl" else objective("reference"), CHECKED)
+        self.products = 3 if inputs.config.lambda_consistency else 2
+        self.floor_name = f"{self.products} bare products"
+
+    def floor(self) -> Callable[[], None]:
+        hidden, weight = self.inputs.leaf.detach(), self.inputs.weight
+        logits, out = hidden.new_empty(len(hidden), len(weight)), torch.empty_like(hidden)
+
+        def run() -> None:
+            for _ in range(self.products - 1):
+                torch.mm(hidden, weight.T, out=logits)
+            torch.mm(logits, weight, out=out)
+
+        return run
+
+
+def objective(impl: str) -> Callable[[Inputs], Tensor]:
+    def run(p: Inputs) -> Tensor:
+        return balora.functional.linear_objective(p.leaf, p.teacher, p.head, p.labels, p.config, impl=impl).loss
+
+    return run
+
+
+def naive(p: Inputs) -> Tensor:
+    """The objective as the published code computes it: logits of both models in full, softmaxes over them, autograd,
+    ``torch.svd_lowrank`` with q = 15 and two iterations. "kl" is without the cross-entropy."""
+    config, t = p.config, p.config.temperature
+    z = (p.leaf @ p.weight.T).to(torch.promote_types(p.leaf.dtype, torch.float32))
+    loss = z.new_zeros(()) if p.terms == "kl" else F.cross_entropy(z, p.labels)
+    if config.lambda_consistency:
+        with torch.no_grad():
+            z_teacher = (p.teacher @ p.weight.T).to(z.dtype)
+        kl = F.kl_div((z / t).log_softmax(-1), (z_teacher / t).softmax(-1), reduction="batchmean")
+        loss = loss + config.lambda_consistency * t**2 * kl
+    if config.lambda_diversity:
+        q = z.topk(config.entropy_top_k, dim=-1).values.softmax(-1)
+        loss = loss + config.lambda_diversity * (q * (q + 1e-12).log()).sum(-1).mean()
+    if config.lambda_svd:
+        sigma = torch.svd_lowrank(z, q=15, niter=2)[1]
+        loss = loss - config.lambda_svd * sigma[: int(config.svd_rank)].sum() / torch.linalg.matrix_norm(z)
+    return loss
+
+
+def torch_linear_cross_entropy(p: Inputs) -> Tensor:
+    return F.linear_cross_entropy(p.leaf, p.weight, p.labels, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def liger_chunked(p: Inputs) -> Tensor:
+    """Liger's chunked distillation loss with beta 0: KL, teacher first, T = 1."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=1.0, weight_soft_loss=p.config.lambda_consistency, beta=0.0, compiled=False, chunk_size=256
+    )
+    found = loss(p.leaf, p.weight, p.teacher, p.weight, p.labels)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def liger_fused(p: Inputs) -> Tensor:
+    """Liger's fused linear JSD with beta 0: KL, teacher first, without CE."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    return LigerFusedLinearJSD(jsd_beta=0.0)(p.leaf, p.weight, p.teacher, p.weight)
+
+
+def liger_kl(p: Inputs) -> Tensor:
+    """Takes the teacher's probabilities, all of them at once."""
+    from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss
+
+    with torch.no_grad():
+        target = (p.teacher @ p.weight.T).softmax(-1)
+    return LigerFusedLinearKLDivLoss()(p.leaf, p.weight, target)
+
+
+def liger_ce(p: Inputs) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(p.weight, p.leaf, p.labels)
+
+
+def cut_cross_entropy(p: Inputs) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(p.leaf, p.weight, p.labels)
+
+
+def _has_linear_cross_entropy() -> str | None:
+    return None if hasattr(torch.nn, "LinearCrossEntropyOptions") else "this torch has no chunked linear_cross_entropy"
+
+
+def bytes_moved(case: Loss) -> int:
+    """Bytes that the Triton path reads and writes in device memory, counted from the shapes.
+
+    Of each logit: the student's in float32, written once and read twice; the difference and the gradient in the inputs'
+    type, the one written and read twice, the other written and read. Of each chunk the head, once for each product.
+    """
+    from balora_kernels import tiles
+
+    p = case.inputs
+    (n, d), vocab, size = p.leaf.shape, len(p.weight), p.leaf.element_size()
+    kl = p.config.lambda_consistency != 0
+    logit = 3 * 4 + 3 * size * kl + 2 * size
+    rows = tiles.chunk_rows(n, vocab * (4 + size * max(1, kl)), balora.fused.CHUNK_BYTES)
+    products = 3 if kl else 2
+    return n * vocab * logit + -(-n // rows) * products * vocab * d * size + 4 * n * d * size
+
+
+OWN = ("all", "ce+kl", "ce")
+OPERATION = Operation(
+    name="linear_objective",
+    axes=("N", "d", "V"),
+    case=LinearObjective,
+    terms=tuple(CONFIGS),
+    implementations=(
+        own("triton", objective("triton"), terms=OWN, moved=bytes_moved),
+        own("streaming", objective("streaming"), terms=OWN),
+        own("reference", objective("reference"), terms=OWN),
+        Implementation("naive", naive, terms=tuple(CONFIGS)),
+        Implementation("naive-compiled", compiled(naive), terms=("all", "ce+kl")),
+        Implementation(
+            "liger-chunked-jsd",
+            liger_chunked,
+            terms=("ce+kl",),
+            why_not=needs("liger_kernel", gpu=False),
+            note="also the gradient by the weight: a fourth product",
+        ),
+        Implementation("liger-flce", liger_ce, terms=("ce",), why_not=needs("liger_kernel")),
+        Implementation("cut-cross-entropy", cut_cross_entropy, terms=("ce",), why_not=needs("cut_cross_entropy")),
+        Implementation("torch-linear-ce", torch_linear_cross_entropy, terms=("ce",), why_not=_has_linear_cross_entropy),
+        Implementation("liger-fused-jsd", liger_fused, terms=("kl",), why_not=needs("liger_kernel")),
+        Implementation("liger-fused-kl", liger_kl, terms=("kl",), why_not=needs("liger_kernel")),
+    ),
+    cpu=Defaults(
+        shapes=[(512, 1024, 32000)],
+        dtypes=["bfloat16", "float32"],
+        sweeps={"N": ((64, 512, 32000), (1024, 512, 32000)), "V": ((256, 512, 4000), (256, 512, 128000))},
+    ),
+    gpu=Defaults(
+        shapes=[(8192, 4096, 131072), (8192, 2304, 256000), (8192, 4096, 32000), (2048, 4096, 32000)],
+        dtypes=["bfloat16"],
+        sweeps={"N": ((512, 4096, 131072), (16384, 4096, 131072)), "V": ((8192, 4096, 8192), (8192, 4096, 262144))},
+    ),
+)

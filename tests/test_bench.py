@@ -1,0 +1,252 @@
+"""`balora bench`: every operation on tiny shapes, the gate, sweeps and their pictures, arguments that do not fit."""
+
+import csv
+import dataclasses
+
+import pytest
+import torch
+from balora_bench import cli, harness, measure, operation, sweep
+from balora_bench.operations import OPERATIONS
+
+from balora.cli import main
+
+SHAPES = {
+    "linear_objective": "40,16,300",
+    "consistency_loss": "20,300",
+    "diversity_loss": "20,300",
+    "svd_loss": "30,200",
+    "covariance_loss": "12,9",
+    "randomized_svd": "3,40,30,4",
+    "pissa_setup": "1,48,64,4",
+}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.delenv("BALORA_IMPL", raising=False)
+    monkeypatch.setattr(harness, "copy_bandwidth", lambda: 1e10)
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8") as file:
+        return {(row.get("terms", ""), row["implementation"]): row for row in csv.DictReader(file)}
+
+
+def without_compilers(name):
+    """torch.compile takes half a minute."""
+    return [i.name for i in OPERATIONS[name].implementations if not i.name.endswith("compiled")]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation(name, tmp_path, capsys):
+    arguments = [
+        "bench",
+        name,
+        "--shapes",
+        SHAPES[name],
+        "--dtypes",
+        "float32",
+        "--rounds",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main([*arguments, "--impl", *without_compilers(name)]) == 0
+    out = capsys.readouterr().out
+    assert f"{name}: " in out
+    assert max(map(len, out.splitlines()[1:])) <= 120
+    found = rows_of(tmp_path / f"{name}.csv")
+    names = {implementation for _, implementation in found}
+    assert {i.label for i in OPERATIONS[name].implementations if i.name in without_compilers(name)} <= names
+    markdown = (tmp_path / f"{name}.md").read_text(encoding="utf-8")
+    measured = 0
+    for (_, implementation), row in found.items():
+        assert f"| {implementation}" in markdown
+        if row["status"] == measure.MEASURED:
+            measured += 1
+            assert float(row["ms"]) > 0
+            assert float(row["ratio"]) > 0
+            assert implementation.startswith("floor") or float(row["peak_MiB"]) >= 0
+        else:
+            assert row["note"]
+            assert not row["ms"]
+            assert not row["peak_MiB"]
+    assert measured >= 3
+    if not torch.cuda.is_available():
+        assert not any(row["status"] == measure.FAILED for row in found.values())
+
+
+def with_another(monkeypatch, name, planted):
+    """The operation with one more implementation."""
+    changed = dataclasses.replace(OPERATIONS[name], implementations=(*OPERATIONS[name].implementations, planted))
+    monkeypatch.setitem(OPERATIONS, name, changed)
+
+
+def slightly_wrong(p):
+    return 1.001 * torch.nn.functional.cross_entropy(p.leaf @ p.weight.T, p.labels)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_is_outside_the_budget_gets_no_figures(own, monkeypatch, capsys, tmp_path):
+    planted = operation.Implementation("planted", slightly_wrong, own=own, terms=("ce",))
+    with_another(monkeypatch, "linear_objective", planted)
+    arguments = ["linear_objective", "--shapes", "12,16,50", "--dtypes", "float32", "--terms", "ce", "--rounds", "1"]
+    status = cli.main([*arguments, "--impl", "planted", "streaming", "--out", str(tmp_path)])
+    assert status == (1 if own else 0)
+    rows = rows_of(tmp_path / "linear_objective.csv")
+    row = rows["ce", planted.label]
+    assert row["status"] == measure.OUTSIDE
+    assert not row["ms"]
+    assert not row["peak_MiB"]
+    assert "outside the error budget: loss 1.0e-3, allowed" in row["note"]
+    assert float(rows["ce", "balora streaming"]["ms"]) > 0  # the other rows are there
+    assert "outside the error budget: loss 1.0e-3, allowed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda p: p.leaf.sum() * float("nan"), "outside the error budget: loss nan"),
+        (lambda p: p.missing, "AttributeError"),
+        (lambda p: (p.leaf @ p.weight[:, :-1].T).sum(), "RuntimeError"),
+        (lambda p: torch.empty(2**52).sum() + p.leaf.sum(), "out of memory"),
+    ],
+)
+def test_a_peer_that_breaks_is_shown_and_stops_nobody(wrong, words, monkeypatch, capsys):
+    with_another(monkeypatch, "linear_objective", operation.Implementation("planted", wrong, terms=("ce",)))
+    arguments = ["linear_objective", "--shapes", "12,16,50", "--dtypes", "float32", "--terms", "ce", "--rounds", "1"]
+    assert cli.main([*arguments, "--impl", "planted", "naive"]) == 0
+    out = capsys.readouterr().out
+    assert words in out
+    assert "naive" in out
+
+
+def test_what_is_too_slow_is_not_timed(monkeypatch):
+    case = OPERATIONS["covariance_loss"]
+    chosen = [i for i in case.implementations if i.name == "reference"]
+    rows = measure.measure(case, (12, 9), "float32", "all", chosen, rounds=1, slow=1e-9, bandwidth=1e10)
+    assert rows[1]["status"] == measure.STOPPED
+    assert rows[1]["note"].startswith("too slow")
+    assert "ms" not in rows[1]
+
+
+def test_memory_is_that_of_the_run_beyond_inputs_and_gradients():
+    if not torch.cuda.is_available() and not measure.Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory of the CPU needs Linux")
+    case = OPERATIONS["consistency_loss"]
+    chosen = [i for i in case.implementations if i.name == "naive"]
+    rows = measure.measure(case, (500, 20000), "float32", "all", chosen, rounds=1, slow=60, bandwidth=1e10)
+    tensor = 500 * 20000 * 4 / harness.MIB
+    assert rows[0]["held_MiB"] == pytest.approx(3 * tensor)
+    assert 1.9 * tensor < rows[1]["peak_MiB"] < 8 * tensor  # softmaxes of both, and what they are made from
+
+
+@pytest.mark.parametrize("axis", ["N", "V"])
+def test_a_sweep_writes_tables_and_a_picture(axis, tmp_path, capsys):
+    sizes = {"N": ["16,300", "64,300"], "V": ["16,300", "16,1200"]}[axis]
+    arguments = ["bench", "consistency_loss", "--sweep", axis, "--shapes", *sizes, "--dtypes", "float32"]
+    assert main([*arguments, "--rounds", "1", "--impl", "naive", "liger-jsd", "--out", str(tmp_path)]) == 0
+    name = f"consistency_loss-{axis}"
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / f"{name}.png").stat().st_size > 20000
+    markdown = (tmp_path / f"{name}.md").read_text(encoding="utf-8")
+    assert f"({name}.png)" in markdown
+    assert "liger-jsd: " in markdown  # why it has no line
+    with (tmp_path / f"{name}.csv").open(encoding="utf-8") as file:
+        sizes = [int(row[axis]) for row in csv.DictReader(file) if row["implementation"] == "naive"]
+    assert sizes == {"N": [16, 32, 64], "V": [300, 600, 1200]}[axis]
+    assert "ms, forward and backward" in capsys.readouterr().out
+
+
+def test_in_a_sweep_an_implementation_ends_where_it_ended(monkeypatch, capsys):
+    def up_to_40_rows(p):
+        if len(p.leaf) > 40:
+            raise torch.OutOfMemoryError("no more")
+        return torch.nn.functional.cross_entropy(p.leaf @ p.weight.T, p.labels)
+
+    with_another(monkeypatch, "linear_objective", operation.Implementation("planted", up_to_40_rows, terms=("ce",)))
+    monkeypatch.setattr(measure, "_in_fresh_process", lambda *_: None)
+    arguments = ["linear_objective", "--sweep", "N", "--shapes", "20,16,50", "160,16,50", "--dtypes", "float32"]
+    assert cli.main([*arguments, "--terms", "ce", "--impl", "planted", "streaming", "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "planted: from N 80 on: out of memory" in out
+    assert out.count("planted: ") == 1  # not tried again
+    lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()[:2] in ("20", "40", "80", "16")}
+    assert {size: len(cells) - 1 for size, cells in lines.items()} == {"20": 3, "40": 3, "80": 2, "160": 2}
+
+
+def test_sizes_of_a_sweep_double():
+    assert sweep.shapes((64, 8, 100), (512, 8, 100)) == [(n, 8, 100) for n in (64, 128, 256, 512)]
+    assert sweep.shapes((8, 100), (8, 300)) == [(8, 100), (8, 200), (8, 300)]
+    for defaults in (d for o in OPERATIONS.values() for d in (o.cpu, o.gpu)):
+        for first, last in defaults.sweeps.values():
+            assert len(sweep.shapes(first, last)) <= 8
+
+
+def test_the_list_names_everything_and_why_it_does_not_run(capsys):
+    assert main(["bench", "--list"]) == 0
+    out = capsys.readouterr().out
+    for name, known in OPERATIONS.items():
+        assert name in out
+        for i in known.implementations:
+            assert i.name in out
+    assert "cut_cross_entropy is not installed" in out or "cut-cross-entropy   runs" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["linear_objectives"], "operation: expected one of linear_objective, "),
+        (["linear_objectives"], "found 'linear_objectives'; did you mean linear_objective?"),
+        (["--impl", "tritn"], "--impl: expected one of triton, streaming, "),
+        (["svd_loss", "--impl", "triton"], "--impl: expected one of cuda, streaming, "),
+        (["--terms", "everything"], "--terms: expected one of all, ce+kl, ce, kl, found 'everything'"),
+        (["--dtypes", "int8"], "--dtypes: expected one of bfloat16, "),
+        (["linear_objective", "--shapes", "12,16"], "--shapes: expected N,d,V for linear_objective, as "),
+        (["linear_objective", "--shapes", "12,0,16"], "found '12,0,16'"),
+        (["--rounds", "0"], "--rounds: expected at least 1, found 0"),
+        (["--sweep", "d"], "--sweep: expected one of N, V, none, found 'd'"),
+        (
+            ["pissa_setup", "--sweep", "N"],
+            "--sweep: expected one of linear_objective, consistency_loss, diversity_loss",
+        ),
+        (
+            ["linear_objective", "--sweep", "N", "--shapes", "8,4,9"],
+            "--shapes: expected with --sweep N the first and the",
+        ),
+        (["linear_objective", "--sweep", "N", "--shapes", "8,4,9", "8,4,18"], "--shapes: expected with --sweep N the "),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("balora bench: error: ")
+    assert message in error
+
+
+def test_out_must_be_a_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    assert main(["bench", "covariance_loss", "--out", str(tmp_path / "file")]) == 2
+    assert "--out: expected a folder, found the file " in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_the_choice_of_the_environment_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("BALORA_IMPL", "reference")
+    assert main(["bench", "covariance_loss"]) == 2
+    assert "BALORA_IMPL: expected not to be set" in capsys.readouterr().err
+
+
+def test_the_floor_moves_the_bytes_it_says():
+    tensor = torch.arange(10.0)
+    moved = []
+    copy = torch.Tensor.copy_
+
+    class Counting(torch.Tensor):
+        def copy_(self, other):
+            moved.append(other.numel())
+            return copy(self, other)
+
+    run = harness.copies(tensor.as_subclass(Counting), 5)
+    run()
+    assert 2 * sum(moved) == 5 * 10
