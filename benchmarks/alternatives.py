@@ -9,9 +9,8 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import harness
-import linear_objective
 import torch
+from balora_bench import harness, linear_objective
 from profile_plots import milliseconds
 from torch import Tensor
 
@@ -35,8 +34,8 @@ def measure(n: int, d: int, vocab: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def sizes(n: int, d: int, vocab: int) -> dict[str, dict[str, Callable[[], object]]]:
-    p = linear_objective.Problem(n, d, vocab, torch.float32)
-    run = linear_objective.forward_backward(linear_objective.objective("streaming"), p, linear_objective.ALL)
+    case = linear_objective.LinearObjective((n, d, vocab), torch.float32, "all")
+    run = case.run(linear_objective.objective("streaming"))
 
     def sized(name: str, mib: float) -> Callable[[], object]:
         def call() -> object:

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import harness
+from balora_bench import harness
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

@@ -11,8 +11,8 @@ import re
 import sys
 from pathlib import Path
 
-import harness
 import kernel_counts
+from balora_bench import harness
 
 METRICS = {
     "gpu__time_duration.sum": "time",

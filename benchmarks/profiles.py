@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import alternatives
-import harness
 import kernel_counts
-import linear_objective
 import profile_plots
 import torch
+from balora_bench import harness, linear_objective
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -121,10 +120,10 @@ def cases(sizes: Sizes, only: str | None) -> Iterator[Case]:
 def objectives(sizes: Sizes) -> Iterator[Case]:
     for n, d, vocab in sizes.objective:
         dtype = torch.bfloat16 if ON_GPU else torch.float32
-        p = linear_objective.Problem(n, d, vocab, dtype)
-        run = linear_objective.forward_backward(linear_objective.objective(IMPL), p, linear_objective.ALL)
+        case = linear_objective.LinearObjective((n, d, vocab), dtype, "all")
+        run = case.run(linear_objective.objective(IMPL))
         label = f"N {n}, d {d}, V {vocab:,}"
-        yield Case("linear_objective", label, run, linear_objective.floor(p, 3), "three bare products")
+        yield Case("linear_objective", label, run, case.floor(), "three bare products")
 
 
 def losses_on_logits(sizes: Sizes) -> Iterator[Case]:
