@@ -1,7 +1,7 @@
 """docs/scaling.md: its tables, between their marks in the text, and its pictures.
 
     python benchmarks/scaling_simulation.py              # first, where code or versions changed
-    python benchmarks/scaling.py --out docs/scaling      # seconds; writes docs/scaling/*.png and the tables of docs/scaling.md
+    python benchmarks/scaling.py --out docs/scaling      # seconds: docs/scaling/*.png, the tables of docs/scaling.md
 
 Counted figures come from ``scaling_counts``, simulated ones from results/scaling-simulated.csv, measured ones from
 results/linear-objective-cpu.csv and, where that is there, results/training-cost-cpu.csv.
@@ -38,20 +38,10 @@ METHODS = {
     "balora": "BA-LoRA, balora",
 }
 # The models of results/training-cost-cpu.csv, by the name of their folder in small letters.
-_SMALL = dict(model_type="llama", tie_word_embeddings=True)
 MEASURED = {
-    "stories15m": Shape.of(
-        dict(
-            **_SMALL, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6, vocab_size=32000
-        )
-    ),
-    "smollm2": Shape.of(
-        dict(
-            **_SMALL, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-            num_key_value_heads=3, vocab_size=49152,
-        )
-    ),
-}  # fmt: skip
+    "stories15m": Shape(6, 288, 6, 6, 48, 768, 32000, tied=True),
+    "smollm2": Shape(30, 576, 9, 3, 64, 1536, 49152, tied=True),
+}
 LINK = 0.8 * 450e9  # bytes a second that a GPU receives over NVLink (H100, data sheet), 80 % of it
 HALF_RATE = 0.7 * 989e12  # as in scaling_simulation, which needs peft and transformers
 
@@ -145,8 +135,8 @@ def loss_bytes(n: int, d: int, vocab: int, half: bool, method: str) -> int:
 
     The naive objective holds eight float32 tensors [N, V] in the forward of the KL: the logits, the log-softmax of the
     cross-entropy, the teacher's logits, log-softmax and softmax at T, the three products of ``kl_div``; of bfloat16
-    inputs also the logits in bfloat16. Streaming: a chunk's logits and differences (of bfloat16 inputs a bfloat16 tensor
-    and the copy that a product packs), five buffers of a block, K, and five [c, d] or [d, d] tensors around them.
+    inputs also the logits in bfloat16. Streaming: a chunk's logits and differences (of bfloat16 inputs a bfloat16
+    tensor and the copy that a product packs), five buffers of a block, K in float64, and three float32 tensors [c, d].
     """
     if method == "naive":
         return n * vocab * (34 if half else 32)
@@ -237,11 +227,10 @@ def table_of_70b(rows: list[dict[str, str]]) -> str:
     shape, step = Shape.of(LLAMA_3_70B), Step(ranks=8)
     stacks = stack_of_70b()
     names = list(dict.fromkeys(part for parts in stacks.values() for part in parts))
-    found: list[dict[str, str]] = []
-    for part in names:
-        found.append(
-            {"part": part} | {m: f"{parts[part] / 1e9:.2f}" if parts.get(part) else "" for m, parts in stacks.items()}
-        )
+    found = [
+        {"part": part} | {m: f"{parts[part] / 1e9:.2f}" if parts.get(part) else "" for m, parts in stacks.items()}
+        for part in names
+    ]
     totals = {m: sum(parts.values()) for m, parts in stacks.items()}
     found.append({"part": "**peak, counted**"} | {m: f"**{total / 1e9:.1f}**" for m, total in totals.items()})
     seen = {m: simulated(rows, "llama-3-70b", m, ranks=8) for m in stacks}
@@ -266,9 +255,9 @@ def teacher_traffic() -> str:
     hidden = step.tokens * received / LINK / compute
     return (
         f"The teacher's forward of 70B gathers {received * 8 / 7 / 1e9:.0f} GB more, of which a rank receives "
-        f"{received / 1e9:.0f}: {received / LINK:.2f} s at {LINK / 1e9:.0f} GB/s (NVLink), against {compute:.2f} s of products "
-        f"for {step.tokens} tokens a rank. It hides from {hidden:.0f} tokens a rank on; at 50 GB/s (a network) from "
-        f"{hidden * LINK / 50e9:.0f}. Both sides grow with the model alike, so these numbers hold for other sizes too."
+        f"{received / 1e9:.0f}: {received / LINK:.2f} s at {LINK / 1e9:.0f} GB/s (NVLink), against {compute:.2f} s of "
+        f"products for {step.tokens} tokens a rank. It hides from {hidden:.0f} tokens a rank on; at 50 GB/s (network) "
+        f"from {hidden * LINK / 50e9:.0f}. Both sides grow with the model alike: other sizes have about the same bound."
     )
 
 

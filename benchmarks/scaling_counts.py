@@ -1,19 +1,20 @@
 """Bytes and floating-point operations of a training step, counted from shapes. Plain functions; nothing is run.
 
 The step is that of Hugging Face's Trainer in bfloat16: weights in bfloat16, adapters and their AdamW states in float32,
-products under autocast, RMSNorm in float32, PyTorch's own operations (nothing fused beyond attention and AdamW). Symbols:
-B sequences of S tokens, N = B·S, N' = B·(S − 1) scored tokens, V, d, r as in the design; q and k the widths of queries and
-of keys, m the width of the MLP, L layers, P parameters, a those of all adapters. A product of [x, y] and [y, z] is
-2·x·y·z operations. ``scaling_simulation`` runs the code itself on fake tensors: that is what these counts are held
-against.
+products under autocast, RMSNorm in float32, PyTorch's own operations (nothing fused beyond attention and AdamW).
+Symbols: B sequences of S tokens, N = B·S, N' = B·(S − 1) scored tokens, V the vocabulary, d the hidden size, r the rank
+of the adapters, q and k the widths of queries and of keys, m the width of the MLP, L layers, P parameters, a those of
+all adapters, R ranks. A product of [x, y] and [y, z] is 2·x·y·z operations. ``scaling_simulation`` runs the code itself
+on fake tensors: that is what these counts are held against.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from balora import fused
 from balora_kernels import tiles
+
+from balora import fused
 
 LLAMA_3_70B: dict[str, Any] = dict(
     model_type="llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
@@ -161,27 +162,30 @@ def flops(shape: Shape, step: Step, method: str) -> dict[str, int]:
 def saved_by_a_layer(shape: Shape, step: Step, adapted: bool = True) -> int:
     """Bytes that autograd keeps of one layer between its forward and its backward.
 
-    RMSNorm keeps its input in float32, 4·N·d each. peft hands the adapter its input in the adapter's float32 and
-    autocast rounds it again: every adapted layer keeps a bfloat16 copy of its own, 2·N·in (under FSDP2 the adapters are
-    gathered in bfloat16: q, k, v share one copy, gate and up another, and o has the output of attention, as without
-    adapters). Its product with A is 2·N·r. A trained norm keeps its result too. Attention: q, its output, k, v and the log-sum-exps; without flash the weights three times (4 + 2 +
-    2 bytes) and k and v repeated for every head. The MLP keeps gate, act(gate) and up.
+    RMSNorm keeps its input in float32, 4·N·d each; a trained norm keeps its result too. peft hands the adapter its
+    input in the adapter's float32 and autocast rounds it again: every adapted layer keeps a bfloat16 copy of its own,
+    2·N·in. Under FSDP2 the adapters are gathered in bfloat16: as without adapters, q, k, v share one copy, gate and up
+    another, and o has the output of attention. The product with A is 2·N·r. Attention: q, its output, k, v and the
+    log-sum-exps; without flash q, the weights three times (4 + 2 + 2 bytes), and k and v repeated for every head. The
+    MLP keeps gate, act(gate) and up.
     """
     n, d, q, k, m = step.tokens, shape.d, shape.q, shape.k, shape.mlp
     norms = shape.norms * (4 if adapted else 6) * n * d
     copies = sum(i for i, _ in projections(shape)) if adapted and step.ranks == 1 else 2 * d + m
     adapters = 2 * n * (copies + adapted * len(projections(shape)) * step.r)
     if shape.eager:
-        attention = 3 * 2 * n * q + 2 * n * q + 8 * step.batch * shape.heads * step.length**2
+        attention = 3 * 2 * n * q + 8 * step.batch * shape.heads * step.length**2
     else:
         attention = 2 * n * (2 * q + 2 * k) + 4 * n * shape.heads
     return norms + adapters + attention + 2 * n * 3 * m
 
 
 def layer_backward(shape: Shape, step: Step) -> int:
-    """Bytes that are alive for a moment in the backward of a layer: the gradient by the input of down, in bfloat16 twice
-    and in the adapter's float32, 8·N·m; sums of gradients by the layer's input, 12·N·d. Adapters that are gathered in
-    bfloat16 spare the float32, and its sums."""
+    """Bytes that are alive for a moment in the backward of a layer.
+
+    The gradient by the input of down, in bfloat16 twice and in the adapter's float32, 8·N·m; sums of gradients by the
+    layer's input, 12·N·d. Adapters that are gathered in bfloat16 spare the float32, and its sums.
+    """
     return step.tokens * (8 * shape.mlp + 12 * shape.d if step.ranks == 1 else 4 * shape.mlp + 4 * shape.d)
 
 
@@ -189,11 +193,11 @@ def loss_tensors(shape: Shape, step: Step, method: str) -> dict[str, int]:
     """Bytes of the head and the loss at their peak, beyond the last hidden states.
 
     PiSSA (the backward of the cross-entropy): log-softmax, the gradient by it and that by the logits, float32, 12·N·V;
-    a soft-cap keeps its tanh, 2·N·V. Published (the forward of the KL): the teacher's logits in bfloat16 and, in float32,
-    the model's logits as accelerate returns them and the log-softmax of the cross-entropy, 10·N·V; both logits of scored
-    rows, log-softmax of the one, softmax of the other, and the three products of ``kl_div``, 28·N'·V. balora: one chunk's
-    logits in float32 and their difference in bfloat16, in place of which the gradient is written (under a soft-cap the
-    same), and dH of the chunk in slices; K in two parts, 4·d².
+    a soft-cap keeps its tanh, 2·N·V. Published (the forward of the KL): the teacher's logits in bfloat16 and, in
+    float32, the model's logits as accelerate returns them and the log-softmax of the cross-entropy, 10·N·V; of scored
+    rows both logits, log-softmax of the one, softmax of the other, and the three products of ``kl_div``, 28·N'·V.
+    balora: one chunk's logits in float32 and their difference in bfloat16, in place of which the gradient is written,
+    and dH of the chunk in slices; K in two parts, 4·d².
     """
     n, scored, v, d = step.tokens, step.scored, shape.vocab, shape.d
     if method != "balora" and method != "published":
@@ -229,10 +233,10 @@ def memory(shape: Shape, step: Step, method: str) -> Memory:
     """Peak bytes of a rank, by part.
 
     Full fine-tuning: weights, gradients and both AdamW states in bfloat16, 8·P. Adapters in float32 with gradients and
-    states, 16·a. balora: A₀, B₀ in bfloat16, 2·a, whole in every rank; G and its factor, 8·d². With checkpointing a layer
-    keeps its input, 2·N·d, and one layer at a time is computed again. FSDP2 holds a share 1/R of weights, adapters,
-    gradients and states; gathered are the embedding (from the first forward to the end of the backward), the head, and
-    in the backward a layer and the buffer of the next one.
+    states, 16·a. balora: A₀, B₀ in bfloat16, 2·a, whole in every rank; G and its factor, 8·d². With checkpointing a
+    layer keeps its input, 2·N·d, and one layer at a time is computed again. FSDP2 holds a share 1/R of weights,
+    adapters, gradients and states; gathered are the embedding (from the first forward to the end of the backward), the
+    head, and in the backward a layer and the buffer of the next one.
     """
     n, d, v, layers, ranks = step.tokens, shape.d, shape.vocab, shape.layers, step.ranks
     p, a = parameters(shape), adapter_parameters(shape, step.r)

@@ -14,7 +14,7 @@ from training_cost import SHAPES
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 COLORS = {"pissa": "#0072B2", "published": "#D55E00", "balora": "#009E73"}  # Okabe and Ito
 LABELS = {"pissa": "PiSSA", "published": "BA-LoRA, published", "balora": "BA-LoRA, balora"}
@@ -30,6 +30,7 @@ def _axes(axis: Axes, x_label: str, y_label: str, x_ticks: Sequence[float]) -> N
     axis.xaxis.set_major_locator(FixedLocator(list(x_ticks)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x < 1e9 else f"{x:.0e}"))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.25, linewidth=0.6)
@@ -62,11 +63,21 @@ def _panels(panels: Sequence[str], y_label: str, counted: Callable, seen: Callab
                 axis.plot(*zip(*points, strict=True), "o", color=color, markersize=5.5, markeredgecolor="white")
         _axes(axis, x_label, y_label if axis is axes[0] else "", [x * scale for x in values])
         axis.tick_params(axis="x", labelrotation=35, labelsize=8)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
-    figure.suptitle(title, fontsize=10, y=-0.02)
-    figure.savefig(path, dpi=110, metadata={"Software": None}, bbox_inches="tight")
-    plt.close(figure)
+    _label_ends(axes[-1])
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def _label_ends(axis: Axes) -> None:
+    """The name of each line right of its end, moved up where two would touch."""
+    low, high = axis.get_ylim()
+    least = (high / low) ** 0.065
+    ends = sorted((line.get_ydata()[-1], line) for line in axis.get_lines() if not line.get_label().startswith("_"))
+    at = 0.0
+    for y, line in ends:
+        at = max(y, at * least)
+        place = {"xycoords": axis.get_yaxis_transform(), "va": "center", "fontsize": 9, "annotation_clip": False}
+        axis.annotate(line.get_label(), (1.03, at), color=line.get_color(), **place)
 
 
 def memory(find: Find, path: Path) -> None:
@@ -106,22 +117,26 @@ def loss(points: list[dict[str, Any]], loss_bytes: Callable[..., int], path: Pat
         for method, color in colors.items():
             sizes = [loss_bytes(n, d, vocab, False, method) / 2**20 for n in ns]
             axis.plot(ns, sizes, color=color, linewidth=1.6)
-            axis.text(ns[0], sizes[0] * 1.25, names[method], color=color, fontsize=9)
+            above = method == "naive"
+            y = 4e3 if above else sizes[0] / 1.3
+            axis.text(ns[0], y, names[method], color=color, fontsize=9, va="bottom" if above else "top")
             own = [p for p in points if p["method"] == method and p["vocab"] == vocab]
             axis.plot([p["n"] for p in own], [p["measured_bytes"] / 2**20 for p in own], "o", color=color, markersize=6)
         _axes(axis, f"N, tokens (d {d}, V {vocab:,})", "MiB beyond inputs and gradients" if axis is left else "", ns)
         axis.set_ylim(20, 3e4)
+    beside: dict[str, Any] = {"xycoords": right.get_yaxis_transform(), "va": "center", "fontsize": 9}
+    beside["annotation_clip"] = False
     timed = [p for p in points if p["measured_seconds"]]
     for method, color in colors.items():
         own = sorted((p for p in timed if p["method"] == method), key=lambda p: p["n"] * p["vocab"])
         xs = [p["n"] * p["vocab"] for p in own]
         right.plot(xs, [p["seconds"] for p in own], color=color, linewidth=1.6)
         right.plot(xs, [p["measured_seconds"] for p in own], "o", color=color, markersize=6)
-        right.text(xs[0], own[0]["seconds"] * 1.2, names[method], color=color, fontsize=9)
+        right.annotate(names[method], (1.02, own[-1]["seconds"]), **beside, color=color)
     own = sorted((p for p in timed if p["method"] == "naive"), key=lambda p: p["n"] * p["vocab"])
     xs = [p["n"] * p["vocab"] for p in own]
     right.plot(xs, [p["products"] for p in own], color="#666666", linewidth=1.2, linestyle="--")
-    right.text(xs[-1], own[-1]["products"] * 0.7, "three products", color="#666666", fontsize=9, ha="right")
+    right.annotate("three products", (1.02, own[-1]["products"]), **beside, color="#666666")
     _axes(right, "N·V, logits", "seconds, forward and backward", xs)
     right.set_xlim(xs[0] * 0.8, xs[-1] * 1.3)
     figure.suptitle("The loss part on two CPU cores, float32: lines counted, points measured", fontsize=10)
@@ -149,20 +164,21 @@ _STACK = {  # from the bottom: part, its name, its colour (Okabe and Ito, and ti
 
 def stack(stacks: dict[str, dict[str, int]], path: Path) -> None:
     """Bytes of a rank by part, a bar for each method."""
-    figure, axis = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
-    for i, (method, parts) in enumerate(stacks.items()):
+    figure, axis = plt.subplots(figsize=(8.5, 6.6), layout="constrained")
+    for i, parts in enumerate(stacks.values()):
         bottom = 0.0
         for part, color in _STACK.items():
             size = parts.get(part, 0) / 1e9
             axis.bar(i, size, 0.55, bottom, color=color, edgecolor="white", linewidth=0.6)
-            if size > 1.4:
-                axis.text(i, bottom + size / 2, f"{part}  {size:.1f}", ha="center", va="center", fontsize=8)
+            if size > 1.5:
+                ink = "white" if color in ("#0072B2", "#666666") else "black"
+                axis.text(
+                    i, bottom + size / 2, f"{part}  {size:.1f}", ha="center", va="center", fontsize=7.5, color=ink
+                )
             bottom += size
         axis.text(i, bottom + 0.8, f"{bottom:.1f} GB", ha="center", fontsize=11, weight="bold")
-    axis.axhline(80, color="black", linewidth=1, linestyle="--")
-    axis.text(len(stacks) - 0.55, 80.8, "80 GB", ha="right", fontsize=9)
     axis.set_xticks(range(len(stacks)), [LABELS[m] for m in stacks])
-    axis.set_ylim(0, 90)
+    axis.set_ylim(0, 64)
     axis.set_ylabel("GB a rank, at the peak of a step (counted)")
     axis.set_title("LLaMA-3-70B on 8 GPUs: FSDP2, checkpointing, 4 × 512 tokens a rank, bf16, r = 128", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
