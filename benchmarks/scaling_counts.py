@@ -135,8 +135,9 @@ def flops(shape: Shape, step: Step, method: str) -> dict[str, int]:
     if method == "full":
         forward = t * weights + attention
         parts = {"student": forward, "backward": 2 * t * weights + attention_backward, "head and loss": 3 * head}
-        # Checkpointing stops at the last tensor that is kept: nothing needs the result of down again.
-        return parts | {"recomputed": (forward - t * shape.layers * shape.mlp * d) * step.checkpointing}
+        # Checkpointing stops at the last tensor that is kept: only a norm behind it needs the result of down again.
+        needed = forward - (t * shape.layers * shape.mlp * d if shape.norms == 2 else 0)
+        return parts | {"recomputed": needed * step.checkpointing}
     paths = 2 if method == "balora" else 1  # of adapters
     forward = t * (weights + paths * adapters) + attention
     backward = t * (weights + (paths + 1) * adapters) + attention_backward

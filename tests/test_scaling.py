@@ -124,7 +124,7 @@ def test_the_counted_peak_is_that_of_the_simulated_step(method, ranks):
     assert counts.memory(shape, step, method).peak == pytest.approx(found.peak, rel=0.04)
     assert sum(counts.flops(shape, step, method).values()) == pytest.approx(sum(found.flops.values()), rel=0.003)
     if ranks == 1 or method != "published":  # whose second embedding stays gathered
-        assert sum(counts.memory(shape, step, method).always.values()) == pytest.approx(found.before, rel=0.002)
+        assert sum(counts.memory(shape, step, method).always.values()) == pytest.approx(found.before, rel=0.005)
     if ranks > 1:
         assert counts.gathered(shape, step, method) == pytest.approx(found.gathered, rel=0.001)
         assert counts.scattered(shape, step) == found.scattered
