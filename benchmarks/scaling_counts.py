@@ -1,0 +1,310 @@
+"""Bytes and floating-point operations of a training step, counted from shapes. Plain functions; nothing is run.
+
+The step is that of Hugging Face's Trainer in bfloat16: weights in bfloat16, adapters and their AdamW states in float32,
+products under autocast, RMSNorm in float32, PyTorch's own operations (nothing fused beyond attention and AdamW).
+Symbols: B sequences of S tokens, N = B·S, N' = B·(S − 1) scored tokens, V the vocabulary, d the hidden size, r the rank
+of the adapters, q and k the widths of queries and of keys, m the width of the MLP, L layers, P parameters, a those of
+all adapters, R ranks. A product of [x, y] and [y, z] is 2·x·y·z operations. ``scaling_simulation`` runs the code itself
+on fake tensors: that is what these counts are held against.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from balora_kernels import tiles
+
+from balora import fused
+
+LLAMA_3_70B: dict[str, Any] = dict(
+    model_type="llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+    num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, rms_norm_eps=1e-5,
+)  # fmt: skip
+METHODS = ("full", "lora", "pissa", "published", "balora")
+SKETCH = 15  # columns of the published svd_lowrank, with two power iterations
+KRYLOV_STEPS = 12  # of the SVD term
+KRYLOV_WIDTH = 32  # k + 10 = 20 columns, in a power of two
+RANK = 10  # k
+
+
+class Shape(NamedTuple):
+    """A decoder with gated MLPs and RMSNorm, as the Llama and Gemma families."""
+
+    layers: int
+    d: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    tied: bool = False
+    norms: int = 2  # of a layer
+    softcap: bool = False  # of the logits
+    eager: bool = False  # attention weights in memory (a soft-cap on them), else flash attention
+
+    @property
+    def q(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def k(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Shape:
+        """From the fields of a transformers configuration."""
+        heads, gemma = config["num_attention_heads"], config["model_type"] == "gemma2"
+        return cls(
+            config["num_hidden_layers"],
+            config["hidden_size"],
+            heads,
+            config.get("num_key_value_heads") or heads,
+            config.get("head_dim") or config["hidden_size"] // heads,
+            config["intermediate_size"],
+            config["vocab_size"],
+            config.get("tie_word_embeddings", False),
+            4 if gemma else 2,
+            config.get("final_logit_softcapping") is not None,
+            gemma,
+        )
+
+
+class Step(NamedTuple):
+    batch: int = 4
+    length: int = 512
+    r: int = 128
+    checkpointing: bool = True
+    ranks: int = 1  # above 1: FSDP2; layers, head and the rest are units
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def scored(self) -> int:
+        return self.batch * (self.length - 1)
+
+
+# ---------------------------------------------------------------- parameters
+
+
+def projections(shape: Shape) -> list[tuple[int, int]]:
+    """(in, out) of the adapted layers of a block: q, k, v, o, gate, up, down."""
+    d, m = shape.d, shape.mlp
+    return [(d, shape.q), (d, shape.k), (d, shape.k), (shape.q, d), (d, m), (d, m), (m, d)]
+
+
+def layer_weights(shape: Shape) -> int:
+    """Those in products, of one layer."""
+    return sum(i * o for i, o in projections(shape))
+
+
+def parameters(shape: Shape) -> int:
+    """Embedding and head (one matrix where they are tied), layers, norms."""
+    embeddings = shape.vocab * shape.d * (1 if shape.tied else 2)
+    return embeddings + shape.layers * (layer_weights(shape) + shape.norms * shape.d) + shape.d
+
+
+def adapter_parameters(shape: Shape, r: int) -> int:
+    """A [r, in] and B [out, r] of every adapted layer."""
+    return shape.layers * sum(r * (i + o) for i, o in projections(shape))
+
+
+# ---------------------------------------------------------------- operations
+
+
+def flops(shape: Shape, step: Step, method: str) -> dict[str, int]:
+    """Operations of products and of attention in one step, by part.
+
+    With P the weights of all layers and t = 2·N: a forward is t·P, the gradient by the inputs of frozen layers t·P too;
+    an adapter is t·a forward and 2·t·a backward (by its input, by A and B). Attention is 4·B·S²·q forward (the causal
+    half is not taken off, as the counters of torch do it) and 2.5 times that backward (flash attention computes the
+    weights again), twice without flash. The offset of balora adds B₀A₀: t·a forward and t·a backward. Recomputation
+    repeats the student's forward. The teacher is a forward without adapters.
+
+    The head: logits and dH, 4·N·V·d; published also the teacher's logits, and the sketch of ``torch.svd_lowrank``: 6
+    products of N'·V·15 forward, twice that backward; balora three products of N'·V·d, and for the SVD term S = HᵀH and
+    H·K (K in two parts of bfloat16), 6·N'·d², and 12 Krylov steps of three [d, d] products with 32 columns. Under a
+    soft-cap the logits are no linear map: they are computed twice more, Z·Zᵀ and one more dH, in float32.
+    """
+    t, n, v, d = 2 * step.tokens, step.scored, shape.vocab, shape.d
+    weights, adapters = shape.layers * layer_weights(shape), adapter_parameters(shape, step.r)
+    attention = 4 * shape.layers * step.batch * step.length**2 * shape.q
+    attention_backward = 2 * attention if shape.eager else attention * 5 // 2
+    head = t * v * d
+    if method == "full":
+        forward = t * weights + attention
+        parts = {"student": forward, "backward": 2 * t * weights + attention_backward, "head and loss": 3 * head}
+        # Checkpointing stops at the last tensor that is kept: only a norm behind it needs the result of down again.
+        needed = forward - (t * shape.layers * shape.mlp * d if shape.norms == 2 else 0)
+        return parts | {"recomputed": needed * step.checkpointing}
+    paths = 2 if method == "balora" else 1  # of adapters
+    forward = t * (weights + paths * adapters) + attention
+    backward = t * (weights + (paths + 1) * adapters) + attention_backward
+    if not step.checkpointing:  # nobody asks for the gradient by the embedding
+        wide = shape.q + 2 * shape.k
+        offset = t * step.r * (3 * d + wide) if method == "balora" else 0
+        backward -= t * (d * wide + 3 * d * step.r) + offset
+    parts = {"student": forward, "backward": backward, "recomputed": forward * step.checkpointing}
+    if method in ("lora", "pissa"):
+        return parts | {"head and loss": 2 * head}
+    parts["teacher"] = t * weights + attention
+    if method == "published":
+        return parts | {"head and loss": 3 * head + 3 * 6 * 2 * n * v * SKETCH}
+    parts["head and loss"] = 3 * 2 * n * v * d
+    if shape.softcap:
+        return parts | {"SVD in float32": 3 * 2 * n * v * d + 2 * n * n * v + 4 * n * v * RANK}
+    return parts | {"SVD": 6 * n * d**2 + (3 * KRYLOV_STEPS + 2) * 2 * d**2 * KRYLOV_WIDTH}
+
+
+# ---------------------------------------------------------------- memory
+
+
+def saved_by_a_layer(shape: Shape, step: Step, adapted: bool = True) -> int:
+    """Bytes that autograd keeps of one layer between its forward and its backward.
+
+    RMSNorm keeps its input in float32, 4·N·d each; a trained norm keeps its result too. peft hands the adapter its
+    input in the adapter's float32 and autocast rounds it again: every adapted layer keeps a bfloat16 copy of its own,
+    2·N·in. Under FSDP2 the adapters are gathered in bfloat16: as without adapters, q, k, v share one copy, gate and up
+    another, and o has the output of attention. The product with A is 2·N·r. Attention: q, its output, k, v and the
+    log-sum-exps; without flash q, the weights three times (4 + 2 + 2 bytes), and k and v repeated for every head. The
+    MLP keeps gate, act(gate) and up.
+    """
+    n, d, q, k, m = step.tokens, shape.d, shape.q, shape.k, shape.mlp
+    norms = shape.norms * (4 if adapted else 6) * n * d
+    copies = sum(i for i, _ in projections(shape)) if adapted and step.ranks == 1 else 2 * d + m
+    adapters = 2 * n * (copies + adapted * len(projections(shape)) * step.r)
+    if shape.eager:
+        attention = 3 * 2 * n * q + 8 * step.batch * shape.heads * step.length**2
+    else:
+        attention = 2 * n * (2 * q + 2 * k) + 4 * n * shape.heads
+    return norms + adapters + attention + 2 * n * 3 * m
+
+
+def layer_backward(shape: Shape, step: Step) -> int:
+    """Bytes that are alive for a moment in the backward of a layer.
+
+    The gradient by the input of down, in bfloat16 twice and in the adapter's float32, 8·N·m; sums of gradients by the
+    layer's input, 12·N·d. Adapters that are gathered in bfloat16 spare the float32, and its sums.
+    """
+    return step.tokens * (8 * shape.mlp + 12 * shape.d if step.ranks == 1 else 4 * shape.mlp + 4 * shape.d)
+
+
+def loss_tensors(shape: Shape, step: Step, method: str) -> dict[str, int]:
+    """Bytes of the head and the loss at their peak, beyond the last hidden states.
+
+    PiSSA (the backward of the cross-entropy): log-softmax, the gradient by it and that by the logits, float32, 12·N·V;
+    a soft-cap keeps its tanh, 2·N·V. Published (the forward of the KL): the teacher's logits in bfloat16 and, in
+    float32, the model's logits as accelerate returns them and the log-softmax of the cross-entropy, 10·N·V; of scored
+    rows both logits, log-softmax of the one, softmax of the other, and the three products of ``kl_div``, 28·N'·V.
+    balora: one chunk's logits in float32 and their difference in bfloat16, in place of which the gradient is written,
+    and dH of the chunk in slices; K in two parts, 4·d².
+    """
+    n, scored, v, d = step.tokens, step.scored, shape.vocab, shape.d
+    if method != "balora" and method != "published":
+        return {"[N, V] tensors": (14 if shape.softcap else 12) * n * v}
+    if method == "published":
+        return {"[N, V] tensors": (12 if shape.softcap else 10) * n * v + 28 * scored * v}
+    stride = tiles.row_stride(v)
+    rows = tiles.chunk_rows(scored, stride * 6, fused.CHUNK_BYTES)
+    slices = tiles.vocabulary_slices(rows, d, v)
+    scratch = rows * d * (2 + 4 + 4 * slices + (4 if slices > 1 else 0))
+    small = 0 if shape.softcap else 4 * d**2
+    return {"loss chunk": 6 * rows * stride + scratch, "K": small}
+
+
+class Memory(NamedTuple):
+    """Bytes by part at the two moments that can be the peak, and what is there all the time."""
+
+    always: dict[str, int]
+    loss: dict[str, int]
+    backward: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        at = max(self.loss, self.backward, key=lambda parts: sum(parts.values()))
+        return {**self.always, **at}
+
+
+def memory(shape: Shape, step: Step, method: str) -> Memory:
+    """Peak bytes of a rank, by part.
+
+    Full fine-tuning: weights, gradients and both AdamW states in bfloat16, 8·P. Adapters in float32 with gradients and
+    states, 16·a. balora: A₀, B₀ in bfloat16, 2·a, whole in every rank; G and its factor, 8·d². With checkpointing a
+    layer keeps its input, 2·N·d, and one layer at a time is computed again. FSDP2 holds a share 1/R of weights,
+    adapters, gradients and states; gathered are the embedding (from the first forward to the end of the backward), the
+    head, and in the backward a layer and the buffer of the next one.
+    """
+    n, d, v, layers, ranks = step.tokens, shape.d, shape.vocab, shape.layers, step.ranks
+    p, a = parameters(shape), adapter_parameters(shape, step.r)
+    full = method == "full"
+    trained = {"weights": 2 * p // ranks}
+    if full:
+        trained |= {"AdamW states": 4 * p // ranks}
+    else:
+        trained |= {"adapters": 4 * a // ranks, "AdamW states": 8 * a // ranks}
+    if method == "published":
+        trained["second model"] = 2 * p // ranks
+    if method == "balora":
+        trained["A0, B0"] = 2 * a
+        trained["Gram matrix and factor"] = 0 if shape.softcap else 8 * d**2
+
+    layer = saved_by_a_layer(shape, step, adapted=not full)
+    copies = 2 * a if ranks == 1 and not full else 0  # of the adapters in bfloat16, by autocast
+    gradients = (2 * p if full else 4 * a) // ranks
+    inputs = 2 * n * d  # of a layer
+    moving = layer + layer_backward(shape, step)
+    if step.checkpointing:
+        kept = layers * inputs + 2 * inputs
+        # From the last layer to the first one, inputs go and gradients come.
+        first, last = moving + layers * inputs, moving + inputs
+    else:
+        kept = layers * layer + copies
+        first, last = kept + moving - layer, moving + copies
+    if full:  # the embedding's gradient comes when all activations are gone
+        first, last = first + 2 * v * d, max(last + gradients - 2 * v * d, gradients)
+    else:
+        last += gradients * (layers - 1) // layers
+    backward = {"activations and gradients": max(first, last)}
+    loss = {"activations": kept, "hidden states": (6 if method == "balora" else 2) * n * d}
+    loss |= loss_tensors(shape, step, method)
+    if method == "balora" and step.checkpointing:
+        loss["activations"] += copies  # the loss is inside of autocast, and that keeps them
+    if ranks > 1:
+        unit = 2 * (layer_weights(shape) + a // layers)
+        held = {"gathered embedding": 2 * v * d * (2 if method == "published" else 1)}
+        # FSDP2 keeps the buffer of a gather beside the weights until the next unit is gathered.
+        loss |= held | {"gathered head": 2 * v * d * {"balora": 2, "published": 0}.get(method, 1)}
+        backward |= held | {"gathered layers": 2 * unit}
+    return Memory(trained, loss, backward)
+
+
+# ---------------------------------------------------------------- communication
+
+
+def gathered(shape: Shape, step: Step, method: str) -> int:
+    """Bytes of a step's all-gathers, as every rank holds them afterwards (of which it receives (R − 1)/R).
+
+    Every layer, with its adapters in bfloat16, is gathered for the forward and again for the backward (in which a
+    checkpointed layer is also recomputed); the head likewise; the embedding once. The teacher of balora is one more
+    forward through the same layers, adapters and all; it needs no head; and one layer is prefetched in vain. The
+    published second model is gathered once, its head too; its embedding stays.
+    """
+    unit = 2 * (layer_weights(shape) + shape.norms * shape.d + adapter_parameters(shape, step.r) // shape.layers)
+    base = 2 * (layer_weights(shape) + shape.norms * shape.d)
+    matrix = 2 * shape.vocab * shape.d
+    total = 2 * shape.layers * unit + 3 * matrix
+    if method == "balora":
+        total += (shape.layers + 1) * unit
+    if method == "published":
+        total += shape.layers * base + matrix
+    return total
+
+
+def scattered(shape: Shape, step: Step) -> int:
+    """Bytes of the adapters' gradients, which a step reduces in float32."""
+    return 4 * adapter_parameters(shape, step.r)
