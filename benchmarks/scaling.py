@@ -15,11 +15,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import harness
 import scaling_counts as counts
 import scaling_pictures as pictures
+from balora_bench import harness
+from balora_bench.training_methods import SHAPES
 from scaling_counts import LLAMA_3_70B, Shape, Step
-from training_cost import SHAPES
 
 from balora import rows as streaming_rows
 from balora import streaming

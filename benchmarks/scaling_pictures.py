@@ -8,8 +8,8 @@ from typing import Any
 
 import matplotlib
 import scaling_counts as counts
+from balora_bench.training_methods import SHAPES
 from scaling_counts import Shape, Step
-from training_cost import SHAPES
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import accelerate
-import harness
 import peft
 import torch
 import torch.distributed as dist
 import transformers
+from balora_bench import harness
+from balora_bench.training_methods import ALL_TERMS, SHAPES, published_loss
 from scaling_counts import LLAMA_3_70B
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -38,7 +39,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training_cost import ALL_TERMS, SHAPES, published_loss
 
 import balora
 from balora import adapters, fused, modeling, pissa, spectral, targets

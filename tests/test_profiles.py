@@ -13,7 +13,7 @@ from .test_imports import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 pytest.importorskip("matplotlib")
 pytest.importorskip("triton")
-import kernel_counts  # noqa: E402
+import kernel_counts
 
 PAGE = ROOT / "docs" / "profiles.md"
 TINY = dict(

@@ -18,8 +18,8 @@ pytest.importorskip("triton")  # the sizes of chunks lie beside the kernels
 import scaling
 import scaling_counts as counts
 import scaling_simulation as simulation
+from balora_bench.training_methods import ALL_TERMS, published_loss
 from scaling_counts import Shape, Step
-from training_cost import ALL_TERMS, published_loss
 
 import balora
 
