@@ -109,8 +109,10 @@ class Run:
         svd = config.lambda_svd != 0
         # A classifier has fewer classes than hidden units: Z itself has the smaller Gram matrix.
         self.whole_svd = svd and (head.softcap is not None or self.vocab < self.d)
-        self.whole = self.whole_svd or (self.teacher_hidden is not None and config.consistency == "normalized_mse")
-        self.whole = self.whole or (config.lambda_diversity != 0 and config.diversity == "covariance")
+        others = self.teacher_hidden is not None and config.consistency == "normalized_mse"
+        others = others or (config.lambda_diversity != 0 and config.diversity == "covariance")
+        self.whole = self.whole_svd or others
+        self.only_svd = self.whole_svd and not others
         narrow = hidden.dtype == head.weight.dtype == torch.bfloat16
         self.narrow_delta = narrow and kl and self.own_head is None and head.lora is None and head.softcap is None
         self.narrow_grad = narrow and self.need_grad and not self.trained_head
