@@ -9,7 +9,6 @@ names hold ``lora_`` and the adapter's name. Each form has names of its own, so 
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -57,9 +56,9 @@ class _FrozenPath(torch.autograd.Function):
 class _OffsetPath(torch.autograd.Function):
     """s·(B(A x) − B₀(A₀ x)), the bracket first, in ``dtype``.
 
-    Keeps x as the layer got it, or rounded to ``dtype`` where that is smaller: layers that share an input share it.
-    With modules in its place every layer would keep an x of its own, and autocast rounded copies of A and B: for
-    LLaMA-2-7B at r = 128 these are 0.64 GB (counted), as much as A₀ and B₀ take.
+    Keeps x as the layer got it, or rounded to ``dtype`` where that is smaller: in a half precision model layers that
+    share an input share it. With modules in its place every layer would keep an x of its own, and autocast rounded
+    copies of A and B: for LLaMA-2-7B at r = 128 these are 0.64 GB (counted), as much as A₀ and B₀ take.
     """
 
     @staticmethod
@@ -98,9 +97,11 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _cast_input_dtype(self: LoraLayer, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """peft's method of a layer whose one active adapter casts its input by itself."""
-    return x if self.active_adapters == [ADAPTER] else LoraLayer._cast_input_dtype(self, x, dtype)
+def _casts_by_itself(module: Any, args: tuple[Any, ...]) -> None:
+    """Before a forward: peft hands the input over as it is where the offset adapter is the only active one."""
+    wanted = module.active_adapters != [ADAPTER]
+    if module.cast_input_dtype_enabled != wanted:
+        module.cast_input_dtype_enabled = wanted
 
 
 class OffsetVariant(LoraVariant):
@@ -112,13 +113,14 @@ class OffsetVariant(LoraVariant):
         be zero."""
         _start(module, adapter_name, "offset", a0, b0)
         module.lora_variant[adapter_name] = OffsetVariant()
-        module._cast_input_dtype = types.MethodType(_cast_input_dtype, module)
+        module.register_forward_pre_hook(_casts_by_itself)
 
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         down, up, dropout = (m[active_adapter] for m in (module.lora_A, module.lora_B, module.lora_dropout))
         scaling = module.scaling[active_adapter]
-        gathered = hooked(down) or hooked(up)
+        # FSDP puts another class in the place of a layer that it wraps.
+        gathered = not type(down) is type(up) is nn.Linear or hooked(down) or hooked(up)
         if gathered or not isinstance(dropout, nn.Identity):
             x = dropout(x.to(down.weight.dtype))
         if gathered:  # they have their weights in their own forward alone
@@ -187,7 +189,8 @@ VARIANTS: dict[str, type[OffsetVariant] | type[ResidualVariant]] = {
 def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The type that peft's adapters multiply in: autocast's, else that of A and B."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, weight.dtype):
+    available = torch.amp.is_autocast_available(device)
+    if available and torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, weight.dtype):
         return torch.get_autocast_dtype(device)
     return weight.dtype
 

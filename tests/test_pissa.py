@@ -5,6 +5,7 @@ import copy
 import gc
 import math
 import re
+import weakref
 
 import peft
 import pytest
@@ -579,8 +580,26 @@ def test_layers_keep_the_input_that_they_share_and_no_rounded_factors():
 def test_an_ordinary_adapter_beside_it_still_gets_its_own_type():
     model = balora.get_pissa_model(tiny_llama(dtype=torch.bfloat16), r=4, lora_alpha=8)
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    model.set_adapter("other")
-    assert logits(model).dtype == torch.bfloat16
+    for active in ("other", "default", "other"):
+        model.set_adapter(active)
+        assert logits(model).dtype == torch.bfloat16
+
+
+def test_a_model_is_freed_without_the_collector():
+    model = balora.get_pissa_model(tiny_llama(), r=4, lora_alpha=8)
+    weight = weakref.ref(model.base_model.model.model.layers[0].mlp.up_proj)
+    gc.collect()
+    gc.disable()
+    try:
+        model.base_model.model.model.layers[0].mlp.up_proj = torch.nn.Identity()
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_a_forward_without_data():
+    model = balora.get_pissa_model(tiny_llama(), r=4, lora_alpha=8).to("meta")
+    assert model(input_ids=torch.zeros(2, 5, dtype=torch.long, device="meta")).logits.shape == (2, 5, 97)
 
 
 def test_a_copied_model_is_on_its_own():
