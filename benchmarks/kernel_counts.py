@@ -1,6 +1,6 @@
 """What every GPU kernel must move and compute, counted from shapes, and how long that takes at the peaks of a device.
 
-    python benchmarks/kernel_counts.py        # the table, for one chunk of the objective and one randomized SVD
+    python benchmarks/kernel_counts.py        # the table: a chunk, a soft-capped tile, a randomized SVD
 
 Bytes are those of each tensor once: what a kernel reads again it is taken to find in the caches. Operations are of the
 unit that does most of the work: instructions of a thread ("issue", counted in machine code by ``machine_code``),
@@ -10,6 +10,7 @@ a kernel of few blocks has only their multiprocessors. Nothing here has been tim
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -73,15 +74,25 @@ class Count(NamedTuple):
         return "bandwidth" if memory >= unit else self.unit
 
 
-# ---------------------------------------------------------------- Triton: the objective's rows and small matrices
+# ---------------------------------------------------------------- Triton: rows, soft-capped tiles, small matrices
 
 FIELDS = 7  # of a tile's state, with difference logits at temperature 2
 STATS = 6  # of a row, written; ``gradient`` reads one fewer, m at temperature 1
 
 
-def triton_counts(
-    n: int, vocab: int, top_k: int, t_size: int, small: int, code: dict[str, dict[str, int]]
-) -> list[Count]:
+# The launches of a soft-capped head's SVD term, in their order.
+CAPPED = ("cap", "cap, in place", "capped_gradient")
+
+Code = dict[str, dict[str, int]]  # of ``machine_code``
+
+
+def triton_count(code: Code, kernel: str, source: str, shape: str, read: int, written: int, blocks: int) -> Count:
+    found = code.get(kernel, {"instructions": 0, "warps": 1})
+    operations = found["instructions"] * found["warps"] * 32 * blocks
+    return Count(kernel, f"kernels/balora_kernels/{source}", shape, read, written, "issue", operations, blocks)
+
+
+def triton_counts(n: int, vocab: int, top_k: int, t_size: int, small: int, code: Code) -> list[Count]:
     """A chunk of the objective: z [n, V] float32, differences and gradient in a type of t_size bytes, labels, top K at
     temperature 2; the eigenvectors and the inverse factor of a matrix of ``small`` columns.
 
@@ -93,14 +104,10 @@ def triton_counts(
     logits, states = n * vocab, n * cut.tiles * FIELDS * 4
     labels, maxima, top = n * 8, n * cut.blocks * 4, n * top_k * 12
     blocks_read = min(tiles.power_of_two(max(top_k, 2)), cut.blocks) * cut.block
-    sources = ("kernels/balora_kernels/row_kernels.py", "kernels/balora_kernels/eigh.py")
+    sources = ("row_kernels.py", "eigh.py")
     rows, square = f"{n} × {vocab:,}, 4 + {t_size} bytes", f"{small} × {small}"
 
-    def count(kernel: str, source: str, shape: str, read: int, written: int, blocks: int) -> Count:
-        found = code.get(kernel, {"instructions": 0, "warps": 1})
-        operations = found["instructions"] * found["warps"] * 32 * blocks
-        return Count(kernel, source, shape, read, written, "issue", operations, blocks)
-
+    count = functools.partial(triton_count, code)
     return [
         count("tile_states", sources[0], rows, logits * (4 + t_size) + labels, states + maxima, n * cut.tiles),
         # beside the maxima K of their blocks, and the logit of the label (which may lie in one of them)
@@ -112,6 +119,26 @@ def triton_counts(
         count("jacobi", sources[1], square, small * small * 4, (small + small * small) * 4, 1),
         count("cholesky_inverse", sources[1], square, small * small * 4, small * small * 4, 1),
     ]  # fmt: skip
+
+
+def capped_counts(n: int, vocab: int, rank: int, half: int, code: Code) -> list[Count]:
+    """A tile [n, vocab] of a soft-capped head's SVD term: tanh to ``half`` bytes, tanh in place, gradient.
+
+    code: as above, of a gradient of the same rank.
+    """
+    from balora_kernels import tiles
+
+    tile, factors = n * vocab, (n + vocab) * rank * 4
+    by_rows = n * tiles.tiling(vocab).tiles
+    by_squares = -(-n // tiles.OUTER_ROWS) * -(-vocab // tiles.OUTER_COLUMNS)
+    count = functools.partial(triton_count, code)
+    halved, shape, source = f"{n:,} × {vocab:,}, 4 + {half} bytes", f"{n:,} × {vocab:,}, 4 bytes", "row_kernels.py"
+    return [
+        count(CAPPED[0], source, halved, tile * 4, tile * half, by_rows),
+        count(CAPPED[1], source, shape, tile * 4, tile * 4, by_rows),
+        # beside the tile the multiple, and left and right
+        count(CAPPED[2], source, f"{halved}, rank {rank}", tile * 4 + 4 + factors, tile * half, by_squares),
+    ]
 
 
 # ---------------------------------------------------------------- CUDA: the randomized SVD
@@ -239,10 +266,10 @@ LAUNCHES = {
 
 def compiled(sketch: Sketch) -> dict[str, dict[str, str]]:
     """Registers, spilled bytes, shared memory and occupancy of each kernel on sm_90, from the reports in results/."""
-    found = {}
-    for row in report("compile-report.md"):
-        if row["for"] == "sm_90" and row["as in"] in ("objective", "SVD term"):
-            found[row["kernel"]] = row
+    of_triton = [row for row in report("compile-report.md") if row["for"] == "sm_90"]
+    found = {row["kernel"]: row for row in of_triton if row["as in"] in ("objective", "SVD term")}
+    capped = (row for row in of_triton if row["as in"] == "SVD term, soft-cap")
+    found |= dict(zip(CAPPED, capped, strict=True))
     by_name = {row["kernel"]: row for row in report("cuda-report.md") if row["for"] == "sm_90"}
     for kernel, (name, threads, shared_of) in LAUNCHES.items():
         row, shared = by_name[name], shared_of(sketch)
@@ -260,7 +287,7 @@ def report(name: str) -> list[dict[str, str]]:
     return [dict(zip(heads, row, strict=True)) for row in rows]
 
 
-def instructions() -> dict[str, dict[str, int]]:
+def instructions() -> Code:
     """Of ``machine_code``, in a process of its own: there the kernels are compiled, not interpreted."""
     command = [sys.executable, str(Path(__file__).with_name("machine_code.py"))]
     environment = {**os.environ, "PYTHONPATH": harness.python_path(), "TRITON_INTERPRET": "0"}
@@ -271,6 +298,7 @@ def instructions() -> dict[str, dict[str, int]]:
 # ---------------------------------------------------------------- the table
 
 CHUNK = (512, 131072, 20, 2)  # rows of a chunk of bfloat16 at V 131,072; K
+TILE = (2048, 36608, 10, 2)  # of a soft-capped head at N 2,048, V 256,000 (Gemma 2); rank; bytes of half precision
 ONE_READING = Sketch(1, 512, 131072, 10, 20)  # the logits of that chunk
 WEIGHTS = Sketch(8, 4096, 1024, 10, 20)  # too many rows for ``iterate``
 # The kernels of the sources, and those of their launches that the page has.
@@ -281,13 +309,14 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def counts(code: dict[str, dict[str, int]]) -> list[Count]:
-    """Every kernel once: those of the products for weights, the others for a chunk of logits."""
+def counts(code: Code) -> list[Count]:
+    """Every kernel, as launched here: those of the products for weights, the others for logits, a chunk or a tile."""
     n, vocab, top_k, t_size = CHUNK
     products = ("times", "transposed_times")
     of_weights = [c for c in cuda_counts(WEIGHTS) if c.kernel in products]
     of_logits = [c for c in cuda_counts(ONE_READING) if c.kernel not in products]
-    return [*triton_counts(n, vocab, top_k, t_size, 32, code), *of_logits[:2], *of_weights, *of_logits[2:]]
+    of_triton = [*triton_counts(n, vocab, top_k, t_size, 32, code), *capped_counts(*TILE, code)]
+    return [*of_triton, *of_logits[:2], *of_weights, *of_logits[2:]]
 
 
 def rows(found: list[Count]) -> list[dict[str, str]]:
@@ -308,7 +337,7 @@ def kernels_of_the_sources() -> set[str]:
     """Names of the kernels that are launched: of Triton those with a grid, of CUDA what is declared __global__."""
     found = set()
     for file in sorted((ROOT / "kernels" / "balora_kernels").glob("*.py")):
-        found |= set(re.findall(r"\b(\w+)\[\(", file.read_text(encoding="utf-8")))
+        found |= set(re.findall(r"\b(\w+)\[(?:\(|grid\])", file.read_text(encoding="utf-8")))
     for file in sorted((ROOT / "csrc").glob("*.cu")):
         text = file.read_text(encoding="utf-8")
         found |= set(re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(", text))

@@ -2,8 +2,9 @@
 
     python benchmarks/machine_code.py        # one JSON object: kernel -> instructions, warps
 
-The kernels are compiled as the objective launches them (V 131,072, bfloat16; the SVD term with 32 columns) and
-disassembled. A loop counts as often as it runs. Both sides of a branch count, so a little too much is counted.
+The kernels are compiled as the objective launches them (V 131,072, bfloat16; the SVD term with 32 columns, and a tile
+of it under a soft-cap) and disassembled. A loop counts as often as it runs. Both sides of a branch count, so a little
+too much is counted.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import tempfile
 from pathlib import Path
 
 import compile_report
+import kernel_counts
+import torch
 import triton
 
 ARCH = 90
@@ -24,7 +27,11 @@ SMALL = 32  # columns of the SVD term's small matrices
 
 def repetitions() -> dict[str, int]:
     """How often the loop of a kernel runs."""
-    return {"jacobi": compile_report.eigh._SWEEPS * (SMALL - 1), "cholesky_inverse": SMALL}
+    return {
+        "jacobi": compile_report.eigh._SWEEPS * (SMALL - 1),
+        "cholesky_inverse": SMALL,
+        "capped_gradient": kernel_counts.TILE[2],
+    }
 
 
 def disassembled(cubin: bytes) -> str:
@@ -55,9 +62,12 @@ def executed(text: str, times: int) -> int:
 
 def main() -> None:
     found = {}
-    small = compile_report.small_case(SMALL)
-    for launch in compile_report.record(compile_report.rows_case(VOCAB)) + compile_report.record(small):
-        name = launch.kernel.__name__
+    n, vocab, rank, _ = kernel_counts.TILE
+    tile = compile_report.record(compile_report.capped_case(n, vocab, rank, torch.bfloat16))
+    others = compile_report.record(compile_report.rows_case(VOCAB))
+    others += compile_report.record(compile_report.small_case(SMALL))
+    names = [launch.kernel.__name__ for launch in others]
+    for name, launch in zip([*names, *kernel_counts.CAPPED], others + tile, strict=True):
         code = launch.machine_code(ARCH).asm["cubin"]
         found[name] = {
             "instructions": executed(disassembled(code), repetitions().get(name, 1)),

@@ -1,5 +1,6 @@
 """The profiles: the script on tiny shapes, the counted bytes against what the kernels touch, and no kernel left out."""
 
+import math
 import re
 import sys
 
@@ -80,7 +81,7 @@ class Touched:
     def __init__(self, monkeypatch, *modules):
         from triton.runtime import interpreter
 
-        self.read, self.written, self.kernel = {}, {}, None
+        self.read, self.written, self.blocks, self.kernel = {}, {}, {}, None
         builder = interpreter.InterpreterBuilder
         load, store = builder.create_masked_load, builder.create_masked_store
 
@@ -95,7 +96,7 @@ class Touched:
         monkeypatch.setattr(builder, "create_masked_load", loading)
         monkeypatch.setattr(builder, "create_masked_store", storing)
         for module in modules:
-            for name in ("tile_states", "merge", "gradient", "add_top", "jacobi", "cholesky_inverse"):
+            for name in kernel_counts.kernels_of_the_sources():
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, Named(self, name, getattr(module, name)))
 
@@ -114,7 +115,8 @@ class Named:
 
     def __getitem__(self, grid):
         def launch(*args, **settings):
-            self.touched.kernel = self.name
+            self.touched.kernel = self.name + ", in place" * (args[0] is args[1])
+            self.touched.blocks[self.touched.kernel] = math.prod(grid)
             return self.kernel[grid](*args, **settings)
 
         return launch
@@ -141,6 +143,25 @@ def test_counted_bytes_are_those_that_the_kernels_touch(monkeypatch):
     assert {c.kernel for c in counts} == set(touched.read)
     for c in counts:
         assert (c.read, c.written) == touched.bytes(c.kernel), c.kernel
+        assert c.blocks == touched.blocks[c.kernel], c.kernel
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the kernels' interpreter")
+@pytest.mark.parametrize("shape", [(18, 300, 3), (3, 5000, 1)])
+def test_counted_bytes_of_a_tile_under_a_soft_cap(monkeypatch, shape):
+    from balora_kernels import row_kernels, rows
+
+    touched = Touched(monkeypatch, row_kernels)
+    n, vocab, rank = shape
+    z, half = torch.randn(n, vocab), torch.empty(n, vocab, dtype=torch.float16)
+    rows.cap(z, 1 / 30, half, 2.0**14)
+    rows.cap(z, 1 / 30, z)
+    rows.capped_gradient(z, torch.ones(()), torch.randn(n, rank), torch.randn(rank, vocab), half)
+    counts = kernel_counts.capped_counts(n, vocab, rank, 2, {})
+    assert {c.kernel for c in counts} == set(touched.read)
+    for c in counts:
+        assert (c.read, c.written) == touched.bytes(c.kernel), c.kernel
+        assert c.blocks == touched.blocks[c.kernel], c.kernel
 
 
 def test_counted_bytes_of_the_cuda_kernels():
