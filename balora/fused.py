@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import spectral, streaming
+from . import batch, spectral, streaming
 from .config import rank_of
 from .head import Linear
 
@@ -56,7 +56,8 @@ class _Run(streaming.Run):
         config = self.config
         svd = config.lambda_svd != 0
         waits = self.whole or (svd and (isinstance(config.svd_rank, float) or config.svd_variance != 0))
-        if waits or (svd and self.hidden.is_cuda and self.small(min(self.n, self.vocab)) is None):
+        side = self.d + (0 if self.linear.extra is None else self.linear.extra.shape[1])
+        if waits or (svd and self.hidden.is_cuda and self.small(side, min(self.n, self.vocab)) is None):
             raise ValueError(
                 "config: a captured CUDA graph cannot wait for the device, as terms of the whole batch that take the "
                 "logits themselves (covariance, normalized squares, SVD under a soft-cap or with V < d), the nuclear "
@@ -87,7 +88,7 @@ class _Run(streaming.Run):
         entropy = config.lambda_diversity != 0 and config.diversity == "topk"
         # float16 holds 6e-8 at least: small probabilities are lifted, by a power of two that keeps the largest sum.
         bound = 1 + config.lambda_consistency * config.temperature * self.kl + config.lambda_diversity * entropy
-        lift = 2.0 ** math.floor(math.log2(_LARGEST_HALF / bound)) if self.half == torch.float16 else 1.0
+        lift = _lift(bound) if self.half == torch.float16 else 1.0
 
         bias = None if head.bias is None else head.bias.detach().contiguous()
         found = []
@@ -216,17 +217,13 @@ class _Run(streaming.Run):
         assert total is not None
         return total
 
-    def small(self, count: int) -> Any:
+    def small(self, side: int, count: int) -> Any:
         """On a device the kernels for small matrices: a decomposition by torch waits for it, and takes longer."""
         from balora_kernels import eigh
 
         config = self.config
-        fits = self.d + self._extra_columns() <= eigh.LARGEST
-        fits = fits or spectral.waits_for_nothing(rank_of(config.svd_rank, count), eigh) > 0
+        fits = side <= eigh.LARGEST or spectral.waits_for_nothing(rank_of(config.svd_rank, count), eigh) > 0
         return eigh if _never_waits(self.hidden) and config.svd_norm == "fro" and fits else None
-
-    def _extra_columns(self) -> int:
-        return 0 if self.linear.extra is None else self.linear.extra.shape[1]
 
     def _x(self, h: Tensor, start: int) -> Tensor:
         x = self.x(h.to(self.dtype))
@@ -251,6 +248,81 @@ class _Run(streaming.Run):
         else:
             k = self.k[:, : dx.shape[1]]
             dx += (self._x(h, start).to(k.dtype) @ k * scale).to(self.dtype)
+
+    def batch_terms(self) -> batch.BatchTerms:
+        """The SVD term of a soft-capped head in half precision on tensor cores; all else as ``streaming`` has it.
+
+        With τ = tanh(scale·H Wᵀ/cap), Z = cap·τ. Two passes over tiles of τ, of columns where V > N, else of rows: the
+        Gram matrix, from float16 (whatever the inputs are: |τ| ≤ 1 fits it, and it has three bits more), and the
+        gradient, from float32: what cancels between its two parts must not have been rounded.
+        """
+        if not self.only_svd or self.half is None or self.head.softcap is None or self.linear.extra is not None:
+            return super().batch_terms()
+        from balora_kernels import rows, tiles
+
+        config, n, vocab, cap, weight = self.config, self.n, self.vocab, self.head.softcap, self.linear.weight
+        h = self.pick(self.hidden, 0, n)
+        by_columns, count = vocab > n, min(n, vocab)
+        # At N 2048 and V 256,000 a tile has 36,608 columns: the sums over tiles, [N, N] and [N, d], are read and
+        # written seven times (0.5 GB; the tiles' own passes are 15 GB), and G·W has slices enough to fill the device.
+        step = tiles.chunk_rows(max(n, vocab), count * (4 + 2), CHUNK_BYTES)
+        parts = [slice(i, min(i + step, max(n, vocab))) for i in range(0, max(n, vocab), step)]
+        places = [(slice(0, n), part) if by_columns else (part, slice(0, vocab)) for part in parts]
+        shape = (n, tiles.row_stride(step)) if by_columns else (step, tiles.row_stride(vocab))
+        z_buffer = h.new_empty(shape, dtype=torch.float32)
+        half_buffer = h.new_empty(shape, dtype=torch.float16)
+
+        def tile(row: slice, column: slice) -> tuple[Tensor, Tensor]:
+            """The product H Wᵀ there, float32, and room for as many numbers in half precision."""
+            at = slice(row.stop - row.start), slice(column.stop - column.start)
+            product(h[row], weight[column].T, z_buffer[at])
+            return z_buffer[at], half_buffer[at]
+
+        gram = h.new_zeros(count, count, dtype=torch.float32)
+        for place in places:
+            z, half = tile(*place)
+            rows.cap(z, self.head.scale / cap, half, _LARGEST_HALF)
+            a = half if by_columns else half.T
+            add_product(gram, a, a.T, (cap / _LARGEST_HALF) ** 2)
+        term = spectral.svd_term(
+            gram,
+            None,
+            rank_of(config.svd_rank, count),
+            count,
+            norm=config.svd_norm,
+            variance=config.svd_variance,
+            small=self.small(count, count),
+        )
+        zero = torch.zeros_like(term.value)
+        if not self.need_grad:
+            return batch.BatchTerms(zero, zero, term.value)
+        # By Z the gradient is U diag(w) Uᵀ Z + multiple·Z (by rows of Z, with V for U, Z V diag(w) Vᵀ + …).
+        strength = config.lambda_svd * n * cap
+        lift = 1.0
+        if self.half == torch.float16:
+            sigma = (term.directions * (gram @ term.directions)).sum(0).clamp_min(0).sqrt()
+            largest = (term.weights.abs() * sigma).amax() + term.multiple.abs() * gram.trace().clamp_min(0).sqrt()
+            lift = _lift(strength / cap * largest.item())
+        u, w, multiple = term.directions, strength * lift * term.weights, strength * lift * term.multiple
+        dx = h.new_zeros(n, self.d, dtype=torch.float32)
+        scale = self.linear.scale / lift
+        for row, column in places:
+            z, half = tile(row, column)
+            rows.cap(z, self.head.scale / cap, z)
+            left, right = (u, w[:, None] * (u.T @ z)) if by_columns else (z @ u, w[:, None] * u.T)
+            g = half.view(self.half)
+            rows.capped_gradient(z, multiple, left, right, g)
+            if self.grad_weight is not None:
+                add_product(self.grad_weight[column], g.T, h[row], scale)
+            if self.grad_hidden is not None:
+                dx[row] += _times_weight(g, weight[column])
+        self._to_hidden(dx.mul_(scale), h, 0, n)
+        return batch.BatchTerms(zero, zero, term.value)
+
+
+def _lift(bound: float) -> float:
+    """A power of two that brings what is no larger than the bound near the upper end of float16; 1 of 0, ∞ and NaN."""
+    return 2.0 ** math.floor(math.log2(_LARGEST_HALF / bound)) if 0 < bound < math.inf else 1.0
 
 
 def _never_waits(tensor: Tensor) -> bool:

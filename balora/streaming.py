@@ -109,8 +109,10 @@ class Run:
         svd = config.lambda_svd != 0
         # A classifier has fewer classes than hidden units: Z itself has the smaller Gram matrix.
         self.whole_svd = svd and (head.softcap is not None or self.vocab < self.d)
-        self.whole = self.whole_svd or (self.teacher_hidden is not None and config.consistency == "normalized_mse")
-        self.whole = self.whole or (config.lambda_diversity != 0 and config.diversity == "covariance")
+        others = self.teacher_hidden is not None and config.consistency == "normalized_mse"
+        others = others or (config.lambda_diversity != 0 and config.diversity == "covariance")
+        self.whole = self.whole_svd or others
+        self.only_svd = self.whole_svd and not others
         narrow = hidden.dtype == head.weight.dtype == torch.bfloat16
         self.narrow_delta = narrow and kl and self.own_head is None and head.lora is None and head.softcap is None
         self.narrow_grad = narrow and self.need_grad and not self.trained_head
@@ -142,8 +144,8 @@ class Run:
             self.x(self.pick(self.hidden, i, min(i + step, self.n)).to(self.dtype)) for i in range(0, self.n, step)
         )
 
-    def small(self, count: int) -> Any:
-        """What decomposes small matrices for the SVD term; None for torch."""
+    def small(self, side: int, count: int) -> Any:
+        """What decomposes small matrices for the SVD term from a matrix [side, side]; None for torch."""
         return None
 
     def linear_svd(self) -> Tensor | None:
@@ -162,7 +164,7 @@ class Run:
             variance=config.svd_variance,
             iterate=self.dtype,
             need_weight_grad=self.trained_head,
-            small=self.small(count),
+            small=self.small(len(s), count),
         )
         weight = config.lambda_svd * self.valid_rows
         if self.grad_hidden is not None or self.grad_a is not None:

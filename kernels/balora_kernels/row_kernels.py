@@ -372,3 +372,36 @@ def add_top(
     at = out_ptr + _row_offset(row, out_inner, out_outer_stride, out_inner_stride) + index * out_stride
     sum_ = tl.load(at, mask=mask).to(tl.float32) + factor * tl.load(gradient_ptr + place, mask=mask)
     tl.store(at, sum_.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def cap(z_ptr, out_ptr, vocab, z_stride, out_stride, factor, out_scale, TILE: tl.constexpr):
+    """out = out_scale·tanh(factor·z), a tile of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    mask = columns < vocab
+    t = tanh(factor * tl.load(z_ptr + row * z_stride + columns, mask=mask, other=0.0))
+    tl.store(out_ptr + row * out_stride + columns, (out_scale * t).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def capped_gradient(
+    t_ptr, multiple_ptr, left_ptr, right_ptr, out_ptr, rows, vocab, rank, t_stride, right_stride, out_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out = (multiple·t + left·right)·(1 − t²), some columns of some rows."""
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (row < rows) & (column < vocab)
+    row = row.to(tl.int64)
+    t = tl.load(t_ptr + row * t_stride + column, mask=mask, other=0.0)
+    g = tl.load(multiple_ptr) * t
+    left_at = left_ptr + row * rank  # [ROWS, 1]
+    right_at = right_ptr + column  # [1, COLUMNS]
+    for _ in range(rank):
+        left = tl.load(left_at, mask=row < rows, other=0.0)
+        g += left * tl.load(right_at, mask=column < vocab, other=0.0)
+        left_at += 1
+        right_at += right_stride
+    g *= (1.0 - t) * (1.0 + t)
+    tl.store(out_ptr + row * out_stride + column, g.to(out_ptr.dtype.element_ty), mask=mask)

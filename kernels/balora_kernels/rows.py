@@ -128,6 +128,32 @@ def gradient(
             )  # fmt: skip
 
 
+def cap(z: Tensor, factor: float, out: Tensor, out_scale: float = 1.0) -> None:
+    """out = out_scale·tanh(factor·z). z [n, V] float32; out [n, V] of any floating type, or z itself."""
+    n, vocab = z.shape
+    cut = tiles.tiling(vocab)
+    with on(z):
+        kernels.cap[(n, cut.tiles)](
+            z, out, vocab, z.stride(0), out.stride(0), float(factor), float(out_scale),
+            TILE=cut.tile, num_warps=tiles.tile_warps(cut), **FUSED,
+        )  # fmt: skip
+
+
+def capped_gradient(t: Tensor, multiple: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = (multiple·t + left·right)·(1 − t²): the gradient of an SVD term by what the hyperbolic tangents t are of.
+
+    t [n, V], multiple [], left [n, k], right [k, V], all float32; out [n, V] of any floating type.
+    """
+    n, vocab = t.shape
+    left, right = left.contiguous(), right.contiguous()
+    grid = (-(-vocab // tiles.OUTER_COLUMNS), -(-n // tiles.OUTER_ROWS))
+    with on(t):
+        kernels.capped_gradient[grid](
+            t, multiple, left, right, out, n, vocab, left.shape[1], t.stride(0), right.stride(0), out.stride(0),
+            ROWS=tiles.OUTER_ROWS, COLUMNS=tiles.OUTER_COLUMNS, num_warps=8, **FUSED,
+        )  # fmt: skip
+
+
 def _flags(student: Logits, teacher: Teacher | None, labels: Tensor | None, temperature: float) -> dict:
     power = {1.0: 1, 2.0: 2}.get(float(temperature), 3)  # how e^z comes from e^(z/T): as it is, squared, anew
     return {

@@ -23,6 +23,11 @@ _BLOCK = 64
 _BLOCK_LARGE = 128
 _LARGE = 2**18
 
+# Of a logit's gradient with an outer product of k columns: a program of 16 rows reads right, [k, V], once for all of
+# them, 2.5 bytes a logit at k = 10 instead of 40, beside the 6 of the logit and its gradient. 16 numbers a thread.
+OUTER_ROWS = 16
+OUTER_COLUMNS = 256
+
 
 def power_of_two(n: int) -> int:
     """The smallest power of two that is no less than n ≥ 1."""
