@@ -113,14 +113,23 @@ def adapter_parameters(shape: Shape, r: int) -> int:
 # ---------------------------------------------------------------- operations
 
 
+def attention_flops(shape: Shape, step: Step) -> tuple[int, int]:
+    """Operations of attention in a forward and in a backward.
+
+    4·B·S²·q a layer forward (the causal half is not taken off, as the counters of torch do it) and 2.5 times that
+    backward (flash attention computes the weights again), twice without flash.
+    """
+    forward = 4 * shape.layers * step.batch * step.length**2 * shape.q
+    return forward, 2 * forward if shape.eager else forward * 5 // 2
+
+
 def flops(shape: Shape, step: Step, method: str) -> dict[str, int]:
     """Operations of products and of attention in one step, by part.
 
     With P the weights of all layers and t = 2·N: a forward is t·P, the gradient by the inputs of frozen layers t·P too;
-    an adapter is t·a forward and 2·t·a backward (by its input, by A and B). Attention is 4·B·S²·q forward (the causal
-    half is not taken off, as the counters of torch do it) and 2.5 times that backward (flash attention computes the
-    weights again), twice without flash. The offset of balora adds B₀A₀: t·a forward and t·a backward. Recomputation
-    repeats the student's forward. The teacher is a forward without adapters.
+    an adapter is t·a forward and 2·t·a backward (by its input, by A and B). The offset of balora adds B₀A₀: t·a forward
+    and t·a backward, there in one product with A's and one with B's. Recomputation repeats the student's forward. The
+    teacher is a forward without adapters.
 
     The head: logits and dH, 4·N·V·d; published also the teacher's logits, and the sketch of ``torch.svd_lowrank``: 6
     products of N'·V·15 forward, twice that backward; balora three products of N'·V·d, and for the SVD term S = HᵀH and
@@ -131,8 +140,7 @@ def flops(shape: Shape, step: Step, method: str) -> dict[str, int]:
     """
     t, n, v, d = 2 * step.tokens, step.scored, shape.vocab, shape.d
     weights, adapters = shape.layers * layer_weights(shape), adapter_parameters(shape, step.r)
-    attention = 4 * shape.layers * step.batch * step.length**2 * shape.q
-    attention_backward = 2 * attention if shape.eager else attention * 5 // 2
+    attention, attention_backward = attention_flops(shape, step)
     head = t * v * d
     if method == "full":
         forward = t * weights + attention
