@@ -56,8 +56,7 @@ class _Run(streaming.Run):
         config = self.config
         svd = config.lambda_svd != 0
         waits = self.whole or (svd and (isinstance(config.svd_rank, float) or config.svd_variance != 0))
-        side = self.d + (0 if self.linear.extra is None else self.linear.extra.shape[1])
-        if waits or (svd and self.hidden.is_cuda and self.small(side, min(self.n, self.vocab)) is None):
+        if waits or (svd and self.hidden.is_cuda and self.small(min(self.n, self.vocab)) is None):
             raise ValueError(
                 "config: a captured CUDA graph cannot wait for the device, as terms of the whole batch that take the "
                 "logits themselves (covariance, normalized squares, SVD under a soft-cap or with V < d), the nuclear "
@@ -217,13 +216,17 @@ class _Run(streaming.Run):
         assert total is not None
         return total
 
-    def small(self, side: int, count: int) -> Any:
+    def small(self, count: int) -> Any:
         """On a device the kernels for small matrices: a decomposition by torch waits for it, and takes longer."""
         from balora_kernels import eigh
 
         config = self.config
-        fits = side <= eigh.LARGEST or spectral.waits_for_nothing(rank_of(config.svd_rank, count), eigh) > 0
+        fits = self.d + self._extra_columns() <= eigh.LARGEST
+        fits = fits or spectral.waits_for_nothing(rank_of(config.svd_rank, count), eigh) > 0
         return eigh if _never_waits(self.hidden) and config.svd_norm == "fro" and fits else None
+
+    def _extra_columns(self) -> int:
+        return 0 if self.linear.extra is None else self.linear.extra.shape[1]
 
     def _x(self, h: Tensor, start: int) -> Tensor:
         x = self.x(h.to(self.dtype))
@@ -257,14 +260,14 @@ class _Run(streaming.Run):
         gradient, from float32: what cancels between its two parts must not have been rounded.
         """
         if not self.only_svd or self.half is None or self.head.softcap is None or self.linear.extra is not None:
-            return super().batch_terms()
+            return super().batch_terms()  # in float32
         from balora_kernels import rows, tiles
 
         config, n, vocab, cap, weight = self.config, self.n, self.vocab, self.head.softcap, self.linear.weight
         h = self.pick(self.hidden, 0, n)
         by_columns, count = vocab > n, min(n, vocab)
         # At N 2048 and V 256,000 a tile has 36,608 columns: the sums over tiles, [N, N] and [N, d], are read and
-        # written seven times (0.5 GB; the tiles' own passes are 15 GB), and G·W has slices enough to fill the device.
+        # written seven times (0.5 GB; the tiles' own passes are 19 GB), and G·W has slices enough to fill the device.
         step = tiles.chunk_rows(max(n, vocab), count * (4 + 2), CHUNK_BYTES)
         parts = [slice(i, min(i + step, max(n, vocab))) for i in range(0, max(n, vocab), step)]
         places = [(slice(0, n), part) if by_columns else (part, slice(0, vocab)) for part in parts]
@@ -284,15 +287,8 @@ class _Run(streaming.Run):
             rows.cap(z, self.head.scale / cap, half, _LARGEST_HALF)
             a = half if by_columns else half.T
             add_product(gram, a, a.T, (cap / _LARGEST_HALF) ** 2)
-        term = spectral.svd_term(
-            gram,
-            None,
-            rank_of(config.svd_rank, count),
-            count,
-            norm=config.svd_norm,
-            variance=config.svd_variance,
-            small=self.small(count, count),
-        )
+        rank = rank_of(config.svd_rank, count)
+        term = spectral.svd_term(gram, None, rank, count, norm=config.svd_norm, variance=config.svd_variance)
         zero = torch.zeros_like(term.value)
         if not self.need_grad:
             return batch.BatchTerms(zero, zero, term.value)

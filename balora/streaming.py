@@ -144,8 +144,8 @@ class Run:
             self.x(self.pick(self.hidden, i, min(i + step, self.n)).to(self.dtype)) for i in range(0, self.n, step)
         )
 
-    def small(self, side: int, count: int) -> Any:
-        """What decomposes small matrices for the SVD term from a matrix [side, side]; None for torch."""
+    def small(self, count: int) -> Any:
+        """What decomposes small matrices for the SVD term; None for torch."""
         return None
 
     def linear_svd(self) -> Tensor | None:
@@ -164,7 +164,7 @@ class Run:
             variance=config.svd_variance,
             iterate=self.dtype,
             need_weight_grad=self.trained_head,
-            small=self.small(len(s), count),
+            small=self.small(count),
         )
         weight = config.lambda_svd * self.valid_rows
         if self.grad_hidden is not None or self.grad_a is not None:

@@ -180,9 +180,26 @@ def small_case(n: int):
     return lambda: (eigh.eigh(matrix), eigh.inverse_factor(matrix))
 
 
+def capped_case(n: int, vocab: int, rank: int, half: torch.dtype):
+    """A tile of a soft-capped head's SVD term, in its two passes."""
+    t, out = torch.empty(n, vocab), torch.empty(n, vocab, dtype=half)
+    left, right = torch.empty(n, rank), torch.empty(rank, vocab)
+
+    def call() -> None:
+        rows.cap(t, 1 / 30, out.view(torch.float16), 2.0**14)
+        rows.cap(t, 1 / 30, t)
+        rows.capped_gradient(t, torch.empty(()), left, right, out)
+
+    return call
+
+
 CASES = {
     "SVD term": small_case(32),
     "SVD term, k above 22": small_case(64),
+    "SVD term, soft-cap": capped_case(2048, 36608, 10, torch.bfloat16),
+    "SVD term, soft-cap, float16": capped_case(2048, 36608, 10, torch.float16),
+    "SVD term, soft-cap, k 1": capped_case(2048, 36608, 1, torch.bfloat16),
+    "SVD term, soft-cap, small": capped_case(4, 50, 3, torch.bfloat16),
     "objective": rows_case(131072),
     "objective, V 32,000": rows_case(32000),
     "objective, V 256,000": rows_case(256000),
@@ -218,6 +235,7 @@ CASES = {
 # What is compiled for every generation; the rest, for the one that the sizes were chosen for.
 EVERYWHERE = (
     "SVD term",
+    "SVD term, soft-cap",
     "objective",
     "objective, V 256,000",
     "objective, V 50,257",
