@@ -93,8 +93,9 @@ def ratio_table(rows: list[dict[str, str]]) -> str:
 
 
 def simulated_table(rows: list[dict[str, str]]) -> str:
-    """Counted against simulated: the smallest and the largest ratio over all settings of a shape and a method."""
-    ratios: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    """Counted over simulated: the smallest and the largest ratio over all settings of a shape; peaks by method."""
+    ratios: dict[tuple[str, str], dict[str, list[float]]] = {}
+    settings: dict[tuple[str, str], int] = {}
     for row in rows:
         if row["balora_path"] == "streaming":
             continue
@@ -102,27 +103,19 @@ def simulated_table(rows: list[dict[str, str]]) -> str:
         step = Step(
             int(row["batch"]), int(row["length"]), int(row["r"]), row["checkpointing"] == "on", int(row["ranks"])
         )
+        key = row["model"], "1 rank" if step.ranks == 1 else "FSDP2"
+        settings[key] = settings.get(key, 0) + 1
         peak = counts.memory(shape, step, row["method"]).peak / int(row["peak_bytes"])
         flops = sum(counts.flops(shape, step, row["method"]).values()) / int(row["flops"])
-        key = row["model"], row["method"], "1 rank" if step.ranks == 1 else "FSDP2"
-        ratios.setdefault(key, []).append((peak, flops))
-    found = []
-    for (name, method, ranks), values in ratios.items():
-        peaks, operations = zip(*values, strict=True)
-        found.append(
-            {
-                "shape": NAMES[name],
-                "method": METHODS[method],
-                "ranks": ranks,
-                "settings": len(values),
-                "peak": _range(peaks),
-                "flops": _range(operations),
-            }
-        )
-    columns = {"shape": "shape", "method": "method", "ranks": "", "settings": "settings"}
-    return harness.table(
-        found, columns | {"peak": "peak, counted ÷ simulated", "flops": "operations, counted ÷ simulated"}
-    )
+        for column, ratio in ((row["method"], peak), ("flops", flops)):
+            ratios.setdefault(key, {}).setdefault(column, []).append(ratio)
+    found = [
+        {"shape": f"{NAMES[key[0]]}, {key[1]}", "settings": settings[key]}
+        | {column: _range(values) for column, values in by_column.items()}
+        for key, by_column in ratios.items()
+    ]
+    peaks = {method: f"peak: {name}" for method, name in METHODS.items()}
+    return harness.table(found, {"shape": "shape", "settings": "settings"} | peaks | {"flops": "operations"})
 
 
 def _range(values: Any) -> str:
@@ -193,29 +186,56 @@ def loss_table(points: list[dict[str, Any]]) -> str:
     return harness.table(found, columns | {"time": "seconds, counted / measured", "time_ratio": "ratio"})
 
 
-def step_table(rows: list[dict[str, str]]) -> str:
-    """Whole steps on a CPU: operations, time and memory over PiSSA's, counted and measured."""
-    if not rows:
-        return "*Not measured yet: `benchmarks/results/training-cost-cpu.csv` is not there.*"
+def measured_steps(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Each measured step with its operations, counted and measured, and all ratios to PiSSA's.
+
+    Without attention in both: on a CPU torch's counter does not see it.
+
+    Raises:
+        ValueError: a model whose shape is in neither MEASURED nor SHAPES.
+    """
+    shapes = {**MEASURED, **{name: Shape.of(fields) for name, fields in SHAPES.items()}}
     found = []
     for row in rows:
-        shape = next((s for name, s in MEASURED.items() if name in row["model"].lower()), None)
-        if shape is None or row["method"] == "pissa" or not row.get("x_seconds"):
+        shape = next((shape for name, shape in shapes.items() if name in row["model"].lower()), None)
+        if shape is None:
+            raise ValueError(f"training-cost-cpu.csv: expected one of {', '.join(shapes)}, found {row['model']!r}")
+        if not row["seconds"]:  # it could not run
             continue
         step = Step(int(row["batch"]), int(row["length"]), int(row["r"]), row["checkpointing"] == "True")
-        operations = [sum(counts.flops(shape, step, m).values()) for m in (row["method"], "pissa")]
-        how = "on" if step.checkpointing else "off"
-        found.append(
-            {
-                "what": f"{Path(row['model']).name}, {row['method']}, checkpointing {how}",
-                "counted": f"{operations[0] / operations[1]:.2f}",
-                "flops": row.get("x_TFLOP", "")[:5],
-                "time": row["x_seconds"][:5],
-                "peak": row.get("x_peak", "")[:5],
-            }
-        )
-    columns = {"what": "step on a CPU, ÷ PiSSA's", "counted": "operations counted", "flops": "operations measured"}
-    return harness.table(found, columns | {"time": "time measured", "peak": "peak measured"})
+        counted, plain = (_flops_of_products(shape, step, method) for method in (row["method"], "pissa"))
+        point = {"model": row["model"], "method": row["method"], "dtype": row["dtype"], "step": step}
+        point |= {"flops": counted, "measured_flops": float(row["TFLOP"]) * 1e12, "x_flops": counted / plain}
+        found.append(point | {key: float(row[key] or "nan") for key in ("x_TFLOP", "x_seconds", "x_peak")})
+    return found
+
+
+def _flops_of_products(shape: Shape, step: Step, method: str) -> int:
+    forward, backward = counts.attention_flops(shape, step)
+    forwards = 1 + step.checkpointing + (method in ("published", "balora"))
+    return sum(counts.flops(shape, step, method).values()) - forwards * forward - backward
+
+
+def step_table(points: list[dict[str, Any]]) -> str:
+    """Whole steps on a CPU: operations counted over measured; operations, time and memory over PiSSA's."""
+    if not points:
+        return "*Not measured yet: `benchmarks/results/training-cost-cpu.csv` is not there.*"
+    found: dict[tuple[str, str, Step], dict[str, Any]] = {}
+    ratios: dict[tuple[str, str, Step], list[float]] = {}
+    for p in points:
+        key, step = (p["model"], p["dtype"], p["step"]), p["step"]
+        what = f"{p['model']}, {p['dtype']}, {step.batch} × {step.length}, r {step.r}"
+        row = found.setdefault(key, {"what": f"{what}, checkpointing {'on' if step.checkpointing else 'off'}"})
+        ratios.setdefault(key, []).append(p["flops"] / p["measured_flops"])
+        row["ratio"] = _range(ratios[key])
+        row[p["method"]] = f"{p['x_flops']:.2f}, {p['x_TFLOP']:.2f}, {p['x_seconds']:.2f}, {p['x_peak']:.2f}"
+    columns = {"what": "step on a CPU", "ratio": "operations, counted ÷ measured", "full": METHODS["full"]}
+    columns |= {"lora": "LoRA"} | {m: METHODS[m] for m in ("published", "balora")}
+    text = (
+        "A method's cell is over PiSSA's: operations counted, operations, time and peak measured. Operations are "
+        "without attention, which torch's counter does not see on a CPU; peaks are the whole process's."
+    )
+    return f"{harness.table(list(found.values()), columns)}\n\n{text}"
 
 
 def stack_of_70b() -> dict[str, dict[str, int]]:
@@ -281,7 +301,7 @@ def tables() -> dict[str, str]:
         "ratios": ratio_table(rows),
         "simulated": simulated_table(rows),
         "loss": loss_table(measured_loss(read("linear-objective-cpu.csv"))),
-        "steps": step_table(read("training-cost-cpu.csv")),
+        "steps": step_table(measured_steps(read("training-cost-cpu.csv"))),
         "70b": table_of_70b(rows),
         "teacher": teacher_traffic(),
     }

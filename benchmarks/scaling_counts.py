@@ -113,24 +113,34 @@ def adapter_parameters(shape: Shape, r: int) -> int:
 # ---------------------------------------------------------------- operations
 
 
+def attention_flops(shape: Shape, step: Step) -> tuple[int, int]:
+    """Operations of attention in a forward and in a backward.
+
+    4·B·S²·q a layer forward (the causal half is not taken off, as the counters of torch do it) and 2.5 times that
+    backward (flash attention computes the weights again), twice without flash.
+    """
+    forward = 4 * shape.layers * step.batch * step.length**2 * shape.q
+    return forward, 2 * forward if shape.eager else forward * 5 // 2
+
+
 def flops(shape: Shape, step: Step, method: str) -> dict[str, int]:
     """Operations of products and of attention in one step, by part.
 
     With P the weights of all layers and t = 2·N: a forward is t·P, the gradient by the inputs of frozen layers t·P too;
-    an adapter is t·a forward and 2·t·a backward (by its input, by A and B). Attention is 4·B·S²·q forward (the causal
-    half is not taken off, as the counters of torch do it) and 2.5 times that backward (flash attention computes the
-    weights again), twice without flash. The offset of balora adds B₀A₀: t·a forward and t·a backward. Recomputation
-    repeats the student's forward. The teacher is a forward without adapters.
+    an adapter is t·a forward and 2·t·a backward (by its input, by A and B). The offset of balora adds B₀A₀: t·a forward
+    and t·a backward, there in one product with A's and one with B's. Recomputation repeats the student's forward. The
+    teacher is a forward without adapters.
 
     The head: logits and dH, 4·N·V·d; published also the teacher's logits, and the sketch of ``torch.svd_lowrank``: 6
     products of N'·V·15 forward, twice that backward; balora three products of N'·V·d, and for the SVD term S = HᵀH and
     H·K (K in two parts of bfloat16), 6·N'·d², and 12 Krylov steps of three [d, d] products with 32 columns. Under a
-    soft-cap the logits are no linear map: they are computed twice more, Z·Zᵀ and one more dH, in float32.
+    soft-cap the logits are no linear map: they are computed twice more and there is one more dH, 6·N'·V·d, all in half
+    precision like Z·Zᵀ (or ZᵀZ, the smaller one, of s = min(N', V) rows: 2·N'·V·s); its Krylov steps are one product.
+    In float32 is UᵀZ of k columns alone, 2·N'·V·k; as much again is inside of a kernel, and not counted.
     """
     t, n, v, d = 2 * step.tokens, step.scored, shape.vocab, shape.d
     weights, adapters = shape.layers * layer_weights(shape), adapter_parameters(shape, step.r)
-    attention = 4 * shape.layers * step.batch * step.length**2 * shape.q
-    attention_backward = 2 * attention if shape.eager else attention * 5 // 2
+    attention, attention_backward = attention_flops(shape, step)
     head = t * v * d
     if method == "full":
         forward = t * weights + attention
@@ -153,41 +163,48 @@ def flops(shape: Shape, step: Step, method: str) -> dict[str, int]:
         return parts | {"head and loss": 3 * head + 3 * 6 * 2 * n * v * SKETCH}
     parts["head and loss"] = 3 * 2 * n * v * d
     if shape.softcap:
-        return parts | {"SVD in float32": 3 * 2 * n * v * d + 2 * n * n * v + 4 * n * v * RANK}
+        side = min(n, v)
+        gram = 2 * n * v * side + (KRYLOV_STEPS + 1) * 2 * side**2 * KRYLOV_WIDTH
+        return parts | {"SVD": 3 * 2 * n * v * d + gram + 2 * n * v * RANK}
     return parts | {"SVD": 6 * n * d**2 + (3 * KRYLOV_STEPS + 2) * 2 * d**2 * KRYLOV_WIDTH}
 
 
 # ---------------------------------------------------------------- memory
 
 
-def saved_by_a_layer(shape: Shape, step: Step, adapted: bool = True) -> int:
+def saved_by_a_layer(shape: Shape, step: Step, method: str) -> int:
     """Bytes that autograd keeps of one layer between its forward and its backward.
 
-    RMSNorm keeps its input in float32, 4·N·d each; a trained norm keeps its result too. peft hands the adapter its
-    input in the adapter's float32 and autocast rounds it again: every adapted layer keeps a bfloat16 copy of its own,
-    2·N·in. Under FSDP2 the adapters are gathered in bfloat16: as without adapters, q, k, v share one copy, gate and up
-    another, and o has the output of attention. The product with A is 2·N·r. Attention: q, its output, k, v and the
-    log-sum-exps; without flash q, the weights three times (4 + 2 + 2 bytes), and k and v repeated for every head. The
-    MLP keeps gate, act(gate) and up.
+    RMSNorm keeps its input in float32, 4·N·d each; a trained norm keeps its result too. Layers share the bfloat16 input
+    that they keep: q, k, v one of 2·N·d, gate and up another; o has the output of flash attention, without flash one of
+    its own, 2·N·q; down 2·N·m. Not so in peft: it hands the adapter its input in the adapter's float32 and autocast
+    rounds it again, a copy of 2·N·in for every layer, unless FSDP2 has gathered the adapters in bfloat16. The product
+    with A is 2·N·r. Attention: q, its output, k, v and the log-sum-exps; without flash q, the weights three times
+    (4 + 2 + 2 bytes), and k and v repeated for every head. The MLP keeps gate, act(gate) and up.
     """
     n, d, q, k, m = step.tokens, shape.d, shape.q, shape.k, shape.mlp
-    norms = shape.norms * (4 if adapted else 6) * n * d
-    copies = sum(i for i, _ in projections(shape)) if adapted and step.ranks == 1 else 2 * d + m
-    adapters = 2 * n * (copies + adapted * len(projections(shape)) * step.r)
+    norms = shape.norms * (6 if method == "full" else 4) * n * d
+    inputs = sum(i for i, _ in projections(shape)) if casts(step, method) else 2 * d + m + q * shape.eager
+    adapters = 0 if method == "full" else len(projections(shape)) * step.r
     if shape.eager:
         attention = 3 * 2 * n * q + 8 * step.batch * shape.heads * step.length**2
     else:
         attention = 2 * n * (2 * q + 2 * k) + 4 * n * shape.heads
-    return norms + adapters + attention + 2 * n * 3 * m
+    return norms + 2 * n * (inputs + adapters) + attention + 2 * n * 3 * m
 
 
-def layer_backward(shape: Shape, step: Step) -> int:
+def casts(step: Step, method: str) -> bool:
+    """Whether the adapters' input, A and B are rounded from float32, as peft and autocast do it on one rank."""
+    return step.ranks == 1 and method not in ("full", "balora")
+
+
+def layer_backward(shape: Shape, step: Step, method: str) -> int:
     """Bytes that are alive for a moment in the backward of a layer.
 
-    The gradient by the input of down, in bfloat16 twice and in the adapter's float32, 8·N·m; sums of gradients by the
-    layer's input, 12·N·d. Adapters that are gathered in bfloat16 spare the float32, and its sums.
+    The gradient by the input of down, in bfloat16 twice, 4·N·m, and sums of gradients by the layer's input, 4·N·d; with
+    an adapter's float32 8·N·m and 12·N·d.
     """
-    return step.tokens * (8 * shape.mlp + 12 * shape.d if step.ranks == 1 else 4 * shape.mlp + 4 * shape.d)
+    return step.tokens * (8 * shape.mlp + 12 * shape.d if casts(step, method) else 4 * shape.mlp + 4 * shape.d)
 
 
 def loss_tensors(shape: Shape, step: Step, method: str) -> dict[str, int]:
@@ -198,19 +215,29 @@ def loss_tensors(shape: Shape, step: Step, method: str) -> dict[str, int]:
     float32, the model's logits as accelerate returns them and the log-softmax of the cross-entropy, 10·N·V; of scored
     rows both logits, log-softmax of the one, softmax of the other, and the three products of ``kl_div``, 28·N'·V.
     balora: one chunk's logits in float32 and their difference in bfloat16, in place of which the gradient is written,
-    and dH of the chunk in slices; K in two parts, 4·d².
+    and dH of the chunk in slices; K in two parts, 4·d². Under a soft-cap a tile of Z and its gradient instead, the sum
+    of dH over tiles and Z·Zᵀ, where that is more.
     """
     n, scored, v, d = step.tokens, step.scored, shape.vocab, shape.d
     if method != "balora" and method != "published":
         return {"[N, V] tensors": (14 if shape.softcap else 12) * n * v}
     if method == "published":
         return {"[N, V] tensors": (12 if shape.softcap else 10) * n * v + 28 * scored * v}
-    stride = tiles.row_stride(v)
-    rows = tiles.chunk_rows(scored, stride * 6, fused.CHUNK_BYTES)
+    rows = tiles.chunk_rows(scored, tiles.row_stride(v) * 6, fused.CHUNK_BYTES)
+    chunk = 6 * rows * tiles.row_stride(v) + _times_weight(rows, d, v)
+    if not shape.softcap:
+        return {"loss chunk": chunk, "K": 4 * d**2}
+    side = min(scored, v)
+    columns = tiles.chunk_rows(max(scored, v), side * 6, fused.CHUNK_BYTES)
+    tile = 6 * side * tiles.row_stride(columns) + 4 * scored * d + 4 * side**2
+    tile += _times_weight(scored, d, columns) if v > scored else _times_weight(columns, d, v)
+    return {"loss chunk": max(chunk, tile)}
+
+
+def _times_weight(rows: int, d: int, v: int) -> int:
+    """Bytes of rows of hidden states and of their gradient, in slices of the vocabulary and summed."""
     slices = tiles.vocabulary_slices(rows, d, v)
-    scratch = rows * d * (2 + 4 + 4 * slices + (4 if slices > 1 else 0))
-    small = 0 if shape.softcap else 4 * d**2
-    return {"loss chunk": 6 * rows * stride + scratch, "K": small}
+    return rows * d * (2 + 4 + 4 * slices + (4 if slices > 1 else 0))
 
 
 class Memory(NamedTuple):
@@ -253,11 +280,11 @@ def memory(shape: Shape, step: Step, method: str) -> Memory:
         trained["A0, B0"] = 2 * a
         trained["Gram matrix and factor"] = 0 if shape.softcap else 8 * d**2
 
-    layer = saved_by_a_layer(shape, step, adapted=not full)
-    copies = 2 * a if ranks == 1 and not full else 0  # of the adapters in bfloat16, by autocast
+    layer = saved_by_a_layer(shape, step, method)
+    copies = 2 * a if casts(step, method) else 0  # of the adapters in bfloat16, by autocast
     gradients = (2 * p if full else 4 * a) // ranks
     inputs = 2 * n * d  # of a layer
-    moving = layer + layer_backward(shape, step)
+    moving = layer + layer_backward(shape, step, method)
     if step.checkpointing:
         kept = layers * inputs + 2 * inputs
         # From the last layer to the first one, inputs go and gradients come.
@@ -272,8 +299,6 @@ def memory(shape: Shape, step: Step, method: str) -> Memory:
     backward = {"activations and gradients": max(first, last)}
     loss = {"activations": kept, "hidden states": (6 if method == "balora" else 2) * n * d}
     loss |= loss_tensors(shape, step, method)
-    if method == "balora" and step.checkpointing:
-        loss["activations"] += copies  # the loss is inside of autocast, and that keeps them
     if ranks > 1:
         unit = 2 * (layer_weights(shape) + a // layers)
         held = {"gathered embedding": 2 * v * d * (2 if method == "published" else 1)}

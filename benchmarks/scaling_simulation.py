@@ -5,7 +5,8 @@ are alive. (``MemTracker`` of torch cannot: it asks for gradients of frozen weig
 second forward in a step, which the teacher is.) What is not simulated: the allocator's rounding and fragmentation, the
 libraries' workspaces, a communicator's buffers.
 
-    python benchmarks/scaling_simulation.py              # all settings to results/scaling-simulated.csv, 10 minutes
+    python benchmarks/scaling_simulation.py                  # all settings to results/scaling-simulated.csv, 10 minutes
+    python benchmarks/scaling_simulation.py --only balora    # the rows of one method; the others stay as they are
 
 The fake device is a CPU, because a build of torch without CUDA has no fake one. ``as_on_a_gpu`` makes balora take the
 path that it takes there: its buffers, products and launchers are the real ones, the Triton kernels alone do not run.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import itertools
 import weakref
 from collections import Counter
@@ -49,6 +51,7 @@ PHASES = ("forward", "teacher", "student", "loss", "backward")  # AdamW returns 
 # its bandwidth: assumptions, as nothing here has run on a GPU.
 HALF_RATE, FLOAT32_RATE, BANDWIDTH = 0.7 * 989e12, 0.7 * 67e12, 0.85 * 3.35e12
 _NOTHING = {aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.new_empty_strided, aten._unsafe_view}
+_WIDE = {aten.mm.dtype_out, aten.bmm.dtype_out, aten.addmm.dtype_out}  # float32 results of half precision operands
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -56,7 +59,7 @@ class Setting(NamedTuple):
     """A training step: what is trained, and how."""
 
     shape: dict[str, Any]  # transformers' configuration
-    method: str  # "full", "pissa" (LoRA costs the same), "published", "balora"
+    method: str  # of METHODS; LoRA costs what "pissa" does
     checkpointing: bool = True
     batch: int = 4
     length: int = 512
@@ -153,8 +156,9 @@ class Ledger(TorchDispatchMode):
         for tensor in made:
             self.add(tensor, self.phase)
         if made and not (func.is_view or func._overloadpacket in _NOTHING or func.namespace == "c10d"):
-            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            self.spend(_flops(func, given), given[0].dtype if given else torch.float32, *given, *made)
+            given = [t for t in tree_leaves(args if func in _WIDE else (args, kwargs)) if isinstance(t, Tensor)]
+            factor = given[func is aten.addmm.dtype_out] if given else None
+            self.spend(_flops(func, given), torch.float32 if factor is None else factor.dtype, *given, *made)
         return found
 
     def spend(self, flops: int, dtype: torch.dtype, *tensors: Tensor) -> None:
@@ -177,7 +181,7 @@ class Ledger(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             kind = args[0].dtype
             return not getattr(args[0], "asks_for_any", False) if kind == torch.bool else int(kind != torch.int32)
-        if func in (aten.mm.dtype_out, aten.bmm.dtype_out):
+        if func in _WIDE:
             return kwargs["out"]
         found = func(*args, **kwargs)
         if func in (aten.any.default, aten.any.dim):
@@ -365,7 +369,7 @@ def as_on_a_gpu(ledger: Ledger) -> Iterator[None]:
         patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
         stack.enter_context(mock.patch.dict("os.environ", {"BALORA_IMPL": "triton", "TRITON_INTERPRET": "1"}))
         for module, names in (
-            (row_kernels, ("tile_states", "merge", "gradient", "add_top")),
+            (row_kernels, ("tile_states", "merge", "gradient", "add_top", "cap", "capped_gradient")),
             (eigh, ("jacobi", "cholesky_inverse")),
         ):
             for name in names:
@@ -375,9 +379,14 @@ def as_on_a_gpu(ledger: Ledger) -> Iterator[None]:
         patch(fused._Run, "_on_tensor_cores", lambda run: run.half is not None and run.linear.extra is None)
         patch(fused, "_never_waits", lambda _: True)
         patch(fused, "product", lambda a, b, out: aten.mm.dtype_out(a, b, torch.float32, out=out))
+        patch(fused, "add_product", _add_product)
         patch(fused, "_times_weight", _times_weight)
         patch(spectral, "accumulation_dtype", lambda t: torch.float64 if t.dtype == torch.float64 else torch.float32)
         yield
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    aten.addmm.dtype_out(total, a, b, torch.float32, beta=1, alpha=alpha, out=total)
 
 
 def _times_weight(g: Tensor, weight: Tensor) -> Tensor:
@@ -392,7 +401,7 @@ def _times_weight(g: Tensor, weight: Tensor) -> Tensor:
 
 def _flops(func: Any, tensors: list[Tensor]) -> int:
     """Of products and attention; 0 of all else. tensors: what it was given."""
-    if func in (aten.mm.dtype_out, aten.bmm.dtype_out) or func._overloadpacket in (aten.mm, aten.bmm):
+    if func._overloadpacket in (aten.mm, aten.bmm):
         return 2 * tensors[0].numel() * tensors[1].shape[-1]
     if func._overloadpacket in (aten.addmm, aten.addmm_):
         return 2 * tensors[1].numel() * tensors[2].shape[-1]
@@ -405,18 +414,17 @@ def _flops(func: Any, tensors: list[Tensor]) -> int:
 
 # ---------------------------------------------------------------- all settings
 
+METHODS = ("full", "pissa", "published", "balora")
 CONFIGURATIONS = {**SHAPES, "llama-3-70b": LLAMA_3_70B}
 RESULTS = Path(__file__).parent / "results" / "scaling-simulated.csv"
 
 
 def plan() -> Iterator[tuple[str, Setting]]:
     """The name of a shape and a setting: every method on three shapes; LLaMA-3-8B along N, V, r and ranks; 70B."""
-    for name, method, checkpointing in itertools.product(
-        SHAPES, ("full", "pissa", "published", "balora"), (True, False)
-    ):
+    for name, method, checkpointing in itertools.product(SHAPES, METHODS, (True, False)):
         yield name, Setting(SHAPES[name], method, checkpointing)
     shape = SHAPES["llama-3-8b"]
-    for method in ("pissa", "published", "balora"):
+    for method in METHODS[1:]:
         for batch in (1, 16):
             yield "llama-3-8b", Setting(shape, method, batch=batch)
         for vocab in (32000, 256000):
@@ -430,8 +438,8 @@ def plan() -> Iterator[tuple[str, Setting]]:
         yield name, Setting(SHAPES[name], "balora", gpu=False)
 
 
-def row(name: str, setting: Setting, found: Simulated) -> dict[str, Any]:
-    versions = {package: metadata.version(package) for package in ("torch", "transformers", "peft", "accelerate")}
+def columns_of(name: str, setting: Setting) -> dict[str, Any]:
+    """The columns that say what was simulated."""
     return {
         "model": name,
         "method": setting.method,
@@ -442,6 +450,13 @@ def row(name: str, setting: Setting, found: Simulated) -> dict[str, Any]:
         "r": setting.r,
         "ranks": setting.ranks,
         "balora_path": ("triton" if setting.gpu else "streaming") if setting.method == "balora" else "",
+    }
+
+
+def row(name: str, setting: Setting, found: Simulated) -> dict[str, Any]:
+    versions = {package: metadata.version(package) for package in ("torch", "transformers", "peft", "accelerate")}
+    return {
+        **columns_of(name, setting),
         "peak_bytes": found.peak,
         "peak_in": found.phase,
         "bytes_between_steps": found.before,
@@ -457,13 +472,18 @@ def row(name: str, setting: Setting, found: Simulated) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    rows = []
+    parser.add_argument("--only", choices=METHODS, metavar="METHOD", help="one of %(choices)s: replace its rows alone")
     arguments = parser.parse_args()
-    settings = list(plan())
-    for i, (name, setting) in enumerate(settings):
-        harness.progress(f"{i + 1} of {len(settings)}: {name}, {setting.method}")
-        rows.append(row(name, setting, simulate(setting)))
-        harness.write_csv(arguments.out, rows)
+    settings = {tuple(str(c) for c in columns_of(*setting).values()): setting for setting in plan()}
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    if arguments.only:
+        with arguments.out.open(encoding="utf-8") as file:
+            rows = {tuple(row.values())[: len(next(iter(settings)))]: row for row in csv.DictReader(file)}
+    todo = {key: found for key, found in settings.items() if arguments.only in (None, found[1].method)}
+    for i, (key, (name, setting)) in enumerate(todo.items()):
+        harness.progress(f"{i + 1} of {len(todo)}: {name}, {setting.method}")
+        rows[key] = row(name, setting, simulate(setting))
+        harness.write_csv(arguments.out, [rows[key] for key in settings if key in rows])
     harness.progress("")
 
 

@@ -31,7 +31,15 @@ MAY_IMPORT = {
     "batch": {"torch", "balora.spectral"},
     "head": {"torch", "balora.checks", "balora.spectral"},
     "operators": {"torch", "balora.config", "balora.fused", "balora.head", "balora.streaming"},
-    "fused": {"torch", "balora_kernels", "balora.config", "balora.head", "balora.spectral", "balora.streaming"},
+    "fused": {
+        "torch",
+        "balora_kernels",
+        "balora.batch",
+        "balora.config",
+        "balora.head",
+        "balora.spectral",
+        "balora.streaming",
+    },
     "streaming": {"torch", "balora.batch", "balora.config", "balora.head", "balora.rows", "balora.spectral"},
     "losses": {
         "torch",

@@ -108,9 +108,10 @@ def test_saved_activations_are_those_that_autograd_keeps(fields, method):
             model(input_ids=ids, labels=ids)
         found.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
     shape = Shape.of(fields)
-    copies = 2 * counts.adapter_parameters(shape._replace(layers=1), step.r)  # of the adapters, by autocast
-    a_layer = (found[1] - found[0]) / 2 - copies
-    assert counts.saved_by_a_layer(shape, step) == pytest.approx(a_layer, rel=0.03)
+    a_layer = (found[1] - found[0]) / 2
+    if method == "pissa":
+        a_layer -= 2 * counts.adapter_parameters(shape._replace(layers=1), step.r)  # copies of A and B, by autocast
+    assert counts.saved_by_a_layer(shape, step, method) == pytest.approx(a_layer, rel=0.03)
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -128,6 +129,40 @@ def test_the_counted_peak_is_that_of_the_simulated_step(method, ranks):
     if ranks > 1:
         assert counts.gathered(shape, step, method) == pytest.approx(found.gathered, rel=0.001)
         assert counts.scattered(shape, step) == found.scattered
+
+
+@pytest.mark.parametrize("vocab", [48000, 900])  # above and below N: tiles of columns and of rows
+def test_a_soft_capped_head_is_counted_as_it_is_simulated(vocab):
+    fields = dict(
+        GEMMA, hidden_size=2048, intermediate_size=5504, num_attention_heads=8, head_dim=256, vocab_size=vocab
+    )
+    fields |= dict(num_key_value_heads=4, max_position_embeddings=512)
+    found = simulation.simulate(simulation.Setting(fields, "balora", batch=4, length=512, r=64))
+    shape, step = Shape.of(fields), Step(4, 512, 64)
+    in_loss = found.by_phase["loss"]
+    assert sum(counts.flops(shape, step, "balora").values()) == pytest.approx(sum(found.flops.values()), rel=0.001)
+    memory = counts.memory(shape, step, "balora")
+    assert sum(memory.always.values()) + sum(memory.loss.values()) == pytest.approx(
+        in_loss, rel=0.04 if vocab > step.scored else 0.08
+    )
+    if vocab > step.scored:  # in half precision: float32 beside the tensor cores takes fifteen times as long
+        assert found.seconds["loss"] < 2 * found.flops["loss"] / simulation.HALF_RATE
+
+
+def test_the_rows_of_one_method_are_replaced(tmp_path, monkeypatch):
+    methods = [("pissa", True), ("balora", True), ("balora", False)]
+    settings = [("llama", simulation.Setting(LLAMA, method, checkpointing)) for method, checkpointing in methods]
+    monkeypatch.setattr(simulation, "plan", lambda: iter(settings))
+    out, peaks = tmp_path / "rows.csv", []
+    for peak, options in ((1, []), (2, ["--only", "balora"])):
+        found = simulation.Simulated(peak, "loss", {}, {}, 0, 0, 0, {}, {})
+        monkeypatch.setattr(simulation, "simulate", lambda setting, found=found: found)
+        monkeypatch.setattr(sys, "argv", ["scaling_simulation.py", "--out", str(out), *options])
+        simulation.main()
+        with out.open(encoding="utf-8") as file:
+            peaks.append([(row["method"], row["checkpointing"], row["peak_bytes"]) for row in csv.DictReader(file)])
+    assert peaks[0] == [("pissa", "on", "1"), ("balora", "on", "1"), ("balora", "off", "1")]
+    assert peaks[1] == [("pissa", "on", "1"), ("balora", "on", "2"), ("balora", "off", "2")]
 
 
 def test_a_simulated_step_leaves_nothing_behind():
@@ -161,5 +196,35 @@ def test_every_simulated_setting_is_close_to_its_count():
         shape = Shape.of({**simulation.CONFIGURATIONS[row["model"]], "vocab_size": int(row["V"])})
         checkpointing = row["checkpointing"] == "on"
         step = Step(int(row["batch"]), int(row["length"]), int(row["r"]), checkpointing, int(row["ranks"]))
-        if row["balora_path"] != "streaming":
-            assert counts.memory(shape, step, row["method"]).peak == pytest.approx(int(row["peak_bytes"]), rel=0.1), row
+        assert counts.memory(shape, step, row["method"]).peak == pytest.approx(int(row["peak_bytes"]), rel=0.035), row
+        assert sum(counts.flops(shape, step, row["method"]).values()) == pytest.approx(int(row["flops"]), rel=0.003), (
+            row
+        )
+
+
+def step_row(method, teraflops, **changes):
+    """A row of training-cost-cpu.csv."""
+    row = {"model": "stories15M", "method": method, "dtype": "float32", "batch": "4", "length": "250", "r": "32"}
+    row |= {"checkpointing": "False", "seconds": "1", "TFLOP": teraflops}
+    return row | {"x_seconds": "0.75", "x_peak": "0.5", "x_TFLOP": "1.5"} | changes
+
+
+def test_measured_steps_are_read_with_their_counts():
+    """The operations are those that torch counted in real steps of stories15M."""
+    measured = {"full": "0.091127808", "lora": "0.066502656", "published": "0.113236353", "balora": "0.101013405696"}
+    points = scaling.measured_steps([step_row(*pair) for pair in measured.items()])
+    assert [point["flops"] for point in points] == [pytest.approx(p["measured_flops"], rel=0.01) for p in points]
+    table = scaling.step_table(points)
+    assert "| stories15M, float32, 4 × 250, r 32, checkpointing off |" in table
+    assert " 1.53, 1.50, 0.75, 0.50 |" in table  # balora's
+    assert scaling.measured_steps([step_row("balora", "", seconds="", note="its losses are …")]) == []
+    with pytest.raises(ValueError, match="found 'another'"):
+        scaling.measured_steps([step_row("full", "1", model="another")])
+
+
+def test_every_measured_step_is_close_to_its_count():
+    rows = scaling.read("training-cost-cpu.csv")
+    if not rows:
+        pytest.skip("benchmarks/results/training-cost-cpu.csv is not there")
+    for point in scaling.measured_steps(rows):
+        assert point["flops"] == pytest.approx(point["measured_flops"], rel=0.03), point
