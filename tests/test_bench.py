@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from balora_bench import cli, harness, measure, operation, sweep
+from balora_bench import cli, harness, linear_objective, measure, operation, sweep
 from balora_bench.operations import OPERATIONS
 
 from balora.cli import main
@@ -101,6 +101,63 @@ def test_what_is_outside_the_budget_gets_no_figures(own, monkeypatch, capsys, tm
     assert "outside the error budget: loss 1.0e-3, allowed" in row["note"]
     assert float(rows["ce", "balora streaming"]["ms"]) > 0  # the other rows are there
     assert "outside the error budget: loss 1.0e-3, allowed" in capsys.readouterr().out
+
+
+def right_in_its_first_rows(wrong):
+    """Cross-entropy of chunks of 128 rows, with something wrong from row 320 on."""
+
+    def run(p):
+        losses = [
+            torch.nn.functional.cross_entropy(leaf @ p.weight.T, labels, reduction="sum")
+            for leaf, labels in zip(p.leaf.split(128), p.labels.split(128), strict=True)
+        ]
+        return wrong(torch.stack(losses[:3]).sum(), torch.stack([torch.zeros(()), *losses[3:]]).sum()) / len(p.leaf)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda first, rest: first, "outside the error budget: loss of all rows"),
+        (lambda first, rest: first + rest.detach(), "outside the error budget: gradient of all rows"),
+        (lambda first, rest: first + rest, None),
+    ],
+)
+def test_the_timed_size_is_checked_too(wrong, words, monkeypatch, tmp_path):
+    planted = operation.Implementation("planted", right_in_its_first_rows(wrong), own=True, terms=("ce",))
+    with_another(monkeypatch, "linear_objective", planted)
+    monkeypatch.setattr(linear_objective, "CHECKED", 320)
+    monkeypatch.setattr(operation, "_CHUNK", 100 * 50)
+    monkeypatch.setattr(measure, "_in_fresh_process", lambda *_: None)
+    arguments = ["linear_objective", "--shapes", "500,16,50", "--dtypes", "float32", "--terms", "ce", "--rounds", "1"]
+    status = cli.main([*arguments, "--impl", "planted", "naive", "--out", str(tmp_path), "--sweep", "none"])
+    rows = rows_of(tmp_path / "linear_objective.csv")
+    row = rows["ce", "balora planted"]
+    assert status == (0 if words is None else 1)
+    assert row["note"].startswith(words or "")
+    assert bool(row["ms"]) == (words is None)
+    assert rows["ce", "naive"]["status"] == measure.MEASURED
+
+
+@pytest.mark.parametrize("terms", ["all", "ce+kl", "ce", "kl"])
+@pytest.mark.parametrize("shape", [(50, 16, 30), (40, 64, 300), (20, 64, 50)])
+def test_the_oracle_of_all_rows_is_that_of_few(terms, shape, monkeypatch):
+    monkeypatch.setattr(operation, "_CHUNK", 7 * shape[2])
+    monkeypatch.setattr(linear_objective, "CHECKED", shape[0])
+    case = OPERATIONS["linear_objective"].case(shape, torch.float32, terms)
+    (_, few), (_, of_all) = case._yardstick, case._yardstick_of_all
+    for name, tensor in of_all.items():
+        torch.testing.assert_close(tensor, few[name], rtol=1e-10, atol=1e-13)
+
+
+def test_large_gradients_are_compared_at_the_ends_and_the_borders_of_chunks():
+    case = OPERATIONS["consistency_loss"].case((4, 9), torch.float32, "all")
+    case.inputs.leaf = type("Large", (), {"numel": lambda _: 2**28, "__len__": lambda _: 640, "device": "cpu"})()
+    rows = case._compared.tolist()
+    assert rows[:66] == [*range(64), 127, 128]
+    assert rows[-66:] == [511, 512, *range(576, 640)]
+    assert {255, 256, 383, 384} <= set(rows)
 
 
 @pytest.mark.parametrize(
