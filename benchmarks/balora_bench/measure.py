@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,12 @@ def measure(
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # beyond a few recompilations torch.compile would run plain Python, without a word
     case = operation.case(shape, getattr(torch, dtype), terms)
-    runs = {"floor": case.floor()}  # before the memory is measured: it stays, while all are timed
+    runs: dict[str, Callable[[], object]] = {
+        "floor": case.floor()
+    }  # before the memory is measured: it stays, while all are timed
     rows: list[Row] = [{**common, "implementation": f"floor: {case.floor_name}", "status": MEASURED}]
     rows[0]["held_MiB"] = case.held / harness.MIB
+    broken: dict[str, Refused] = {}  # while they were timed
     for implementation in (i for i in implementations if terms in i.terms):
         row = {**common, "implementation": implementation.label, "own": implementation.own}
         rows.append(row)
@@ -66,14 +69,34 @@ def measure(
         if implementation.moved:
             moved = implementation.moved(case)
             row |= {"GB_moved": moved / 1e9, "ms_moved": 1e3 * moved / bandwidth}
-        runs[implementation.label] = case.run(implementation.function)
+        runs[implementation.label] = _guarded(implementation.label, case.run(implementation.function), broken)
     seconds = harness.interleaved(runs, rounds, warm_up=3 if harness.ON_GPU else 1)
     base, _ = harness.median_and_spread(seconds["floor"])
     for row, name in [(rows[0], "floor"), *((row, row["implementation"]) for row in rows[1:])]:
-        if name in seconds:
+        if name in broken:
+            for key in row.keys() - common.keys() - {"implementation", "own"}:
+                del row[key]
+            row |= {"status": broken[name].status, "note": str(broken[name])}
+        elif name in seconds:
             ms, spread = harness.median_and_spread(seconds[name])
             row |= {"ms": ms, "spread": spread, "ratio": ms / base}
     return rows
+
+
+def _guarded(name: str, run: Callable[[], object], broken: dict[str, Refused]) -> Callable[[], None]:
+    """The run, which once it fails is noted and not run again: the others are timed on."""
+
+    def guarded() -> None:
+        if name in broken:
+            return
+        try:
+            run()
+        except Exception as error:
+            broken[name] = _refused(error)
+        if name in broken and harness.ON_GPU:
+            torch.cuda.empty_cache()
+
+    return guarded
 
 
 def _admitted(
