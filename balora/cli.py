@@ -176,7 +176,8 @@ def _bench(argv: list[str]) -> int:
     try:
         from balora_bench import cli
     except ModuleNotFoundError as error:
-        print(f"balora bench: error: {error} (the source is in benchmarks/)", file=sys.stderr)
+        hint = " (the source is in benchmarks/)" if error.name == "balora_bench" else ""
+        print(f"balora bench: error: {error}{hint}", file=sys.stderr)
         return 2
     return cli.main(argv)
 

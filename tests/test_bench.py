@@ -1,11 +1,13 @@
 """`balora bench`: every operation on tiny shapes, the gate, sweeps and their pictures, arguments that do not fit."""
 
+import builtins
 import csv
 import dataclasses
+import sys
 
 import pytest
 import torch
-from balora_bench import cli, harness, measure, operation, sweep
+from balora_bench import cli, harness, linear_objective, measure, operation, sweep
 from balora_bench.operations import OPERATIONS
 
 from balora.cli import main
@@ -103,6 +105,63 @@ def test_what_is_outside_the_budget_gets_no_figures(own, monkeypatch, capsys, tm
     assert "outside the error budget: loss 1.0e-3, allowed" in capsys.readouterr().out
 
 
+def right_in_its_first_rows(wrong):
+    """Cross-entropy of chunks of 128 rows, with something wrong from row 320 on."""
+
+    def run(p):
+        losses = [
+            torch.nn.functional.cross_entropy(leaf @ p.weight.T, labels, reduction="sum")
+            for leaf, labels in zip(p.leaf.split(128), p.labels.split(128), strict=True)
+        ]
+        return wrong(torch.stack(losses[:3]).sum(), torch.stack([torch.zeros(()), *losses[3:]]).sum()) / len(p.leaf)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda first, rest: first, "outside the error budget: loss of all rows"),
+        (lambda first, rest: first + rest.detach(), "outside the error budget: gradient of all rows"),
+        (lambda first, rest: first + rest, None),
+    ],
+)
+def test_the_timed_size_is_checked_too(wrong, words, monkeypatch, tmp_path):
+    planted = operation.Implementation("planted", right_in_its_first_rows(wrong), own=True, terms=("ce",))
+    with_another(monkeypatch, "linear_objective", planted)
+    monkeypatch.setattr(linear_objective, "CHECKED", 320)
+    monkeypatch.setattr(operation, "_CHUNK", 100 * 50)
+    monkeypatch.setattr(measure, "_in_fresh_process", lambda *_: None)
+    arguments = ["linear_objective", "--shapes", "500,16,50", "--dtypes", "float32", "--terms", "ce", "--rounds", "1"]
+    status = cli.main([*arguments, "--impl", "planted", "naive", "--out", str(tmp_path), "--sweep", "none"])
+    rows = rows_of(tmp_path / "linear_objective.csv")
+    row = rows["ce", "balora planted"]
+    assert status == (0 if words is None else 1)
+    assert row["note"].startswith(words or "")
+    assert bool(row["ms"]) == (words is None)
+    assert rows["ce", "naive"]["status"] == measure.MEASURED
+
+
+@pytest.mark.parametrize("terms", ["all", "ce+kl", "ce", "kl"])
+@pytest.mark.parametrize("shape", [(50, 16, 30), (40, 64, 300), (20, 64, 50)])
+def test_the_oracle_of_all_rows_is_that_of_few(terms, shape, monkeypatch):
+    monkeypatch.setattr(operation, "_CHUNK", 7 * shape[2])
+    monkeypatch.setattr(linear_objective, "CHECKED", shape[0])
+    case = OPERATIONS["linear_objective"].case(shape, torch.float32, terms)
+    (_, few), (_, of_all) = case._yardstick, case._yardstick_of_all
+    for name, tensor in of_all.items():
+        torch.testing.assert_close(tensor, few[name], rtol=1e-10, atol=1e-13)
+
+
+def test_large_gradients_are_compared_at_the_ends_and_the_borders_of_chunks():
+    case = OPERATIONS["consistency_loss"].case((4, 9), torch.float32, "all")
+    case.inputs.leaf = type("Large", (), {"numel": lambda _: 2**28, "__len__": lambda _: 640, "device": "cpu"})()
+    rows = case._compared.tolist()
+    assert rows[:66] == [*range(64), 127, 128]
+    assert rows[-66:] == [511, 512, *range(576, 640)]
+    assert {255, 256, 383, 384} <= set(rows)
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -119,6 +178,78 @@ def test_a_peer_that_breaks_is_shown_and_stops_nobody(wrong, words, monkeypatch,
     out = capsys.readouterr().out
     assert words in out
     assert "naive" in out
+
+
+def test_what_breaks_while_it_is_timed_loses_its_own_figures_alone(monkeypatch, tmp_path):
+    calls = []
+
+    def once(p):
+        calls.append(len(p.leaf))
+        if calls.count(12) > 5:
+            raise torch.OutOfMemoryError("no more")
+        return torch.nn.functional.cross_entropy(p.leaf @ p.weight.T, p.labels)
+
+    with_another(monkeypatch, "linear_objective", operation.Implementation("planted", once, terms=("ce",)))
+    monkeypatch.setattr(measure, "_in_fresh_process", lambda *_: 2**20)
+    arguments = ["linear_objective", "--shapes", "12,16,50", "--dtypes", "float32", "--terms", "ce", "--rounds", "9"]
+    arguments += ["--sweep", "none", "--out", str(tmp_path)]
+    assert cli.main([*arguments, "--impl", "planted", "streaming", "naive"]) == 0
+    rows = rows_of(tmp_path / "linear_objective.csv")
+    assert rows["ce", "planted"]["note"] == "out of memory"
+    assert not any(rows["ce", "planted"][key] for key in ("ms", "ratio", "peak_MiB", "error_loss"))
+    assert calls.count(12) == 6  # not tried again
+    assert all(float(rows["ce", name]["ms"]) > 0 for name in ("balora streaming", "naive"))
+
+
+def test_fixed_costs_of_a_small_run_are_not_scaled_into_too_slow(monkeypatch):
+    """A small run is 1/16 of the rows, but takes as long as all of them."""
+    monkeypatch.setattr(harness, "seconds_of", lambda run: run() and 0 or 1.0)
+    monkeypatch.setattr(measure, "_in_fresh_process", lambda *_: None)
+    case = OPERATIONS["consistency_loss"]
+    chosen = [i for i in case.implementations if i.name == "naive"]
+    for slow, status in ((2.0, measure.MEASURED), (0.9, measure.STOPPED), (16 / 51, measure.STOPPED)):
+        rows = measure.measure(case, (1024, 9), "float32", "all", chosen, rounds=1, slow=slow, bandwidth=1e10)
+        assert rows[1]["status"] == status
+
+
+def test_without_matplotlib_there_are_tables_but_no_sweep_to_a_folder(monkeypatch, tmp_path, capsys):
+    monkeypatch.delitem(sys.modules, "balora_bench.plots", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    arguments = ["consistency_loss", "--shapes", "8,20", "--dtypes", "float32", "--rounds", "1", "--impl", "naive"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "consistency_loss.csv").exists()
+    arguments[arguments.index("8,20")] = "4,20"
+    arguments.insert(3, "8,20")
+    assert cli.main([*arguments, "--sweep", "N", "--out", str(tmp_path)]) == 2
+    assert "--out: the plots need matplotlib, which is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("missing", "hint"), [("balora_bench", True), ("balora_bench.cli", False), ("torch", False)])
+def test_the_hint_is_for_the_missing_source_alone(missing, hint, monkeypatch, capsys):
+    def fail(name, *arguments):
+        if name.startswith("balora_bench"):
+            raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+        return real(name, *arguments)
+
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", fail)
+    assert main(["bench", "--list"]) == 2
+    assert ("(the source is in benchmarks/)" in capsys.readouterr().err) == hint
+
+
+@pytest.mark.parametrize(
+    ("terms", "dtype", "logit"),
+    [("ce", torch.float32, 4), ("ce+kl", torch.float32, 8), ("ce", torch.bfloat16, 6), ("ce+kl", torch.bfloat16, 6)],
+)
+def test_the_bytes_moved_are_of_the_chunks_that_run(terms, dtype, logit, monkeypatch):
+    asked = []
+    tiles = pytest.importorskip("balora_kernels.tiles")
+    monkeypatch.setattr(tiles, "chunk_rows", lambda rows, row_bytes, budget: asked.append(row_bytes) or rows)
+    linear_objective.bytes_moved(OPERATIONS["linear_objective"].case((12, 16, 50), dtype, terms))
+    assert asked == [64 * logit]  # rows start at multiples of 64
 
 
 def test_what_is_too_slow_is_not_timed(monkeypatch):

@@ -8,6 +8,7 @@ many bytes it moves, counted from the shapes, and how long they take at the band
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -26,7 +27,7 @@ CONFIGS = {
     "ce": replace(ALL, lambda_consistency=0.0, lambda_diversity=0.0, lambda_svd=0.0),
     "kl": replace(ALL, lambda_consistency=1.0, lambda_diversity=0.0, lambda_svd=0.0, temperature=1.0),  # without CE
 }
-CHECKED = 64 if ON_GPU else 320  # rows: on a CPU more than a chunk
+CHECKED = 64 if ON_GPU else 320  # rows, before all as they are timed
 
 
 class Inputs:
@@ -35,15 +36,21 @@ class Inputs:
     def __init__(self, leaf: Tensor, teacher: Tensor, weight: Tensor, labels: Tensor, terms: str) -> None:
         self.leaf, self.teacher, self.weight, self.labels = leaf, teacher, weight, labels
         self.terms, self.config, self.head = terms, CONFIGS[terms], balora.LinearHead(weight)
+        self.vocab = len(weight)
         self.held = sum(t.numel() * t.element_size() for t in (leaf, teacher, weight, labels))
 
-    def first(self, n: int, dtype: torch.dtype | None = None) -> Inputs:
-        leaf, teacher, weight = (t.detach() for t in (self.leaf[:n], self.teacher[:n], self.weight))
+    def part(self, rows: slice, dtype: torch.dtype | None = None) -> Inputs:
+        leaf, teacher, weight = (t.detach() for t in (self.leaf[rows], self.teacher[rows], self.weight))
         if dtype is not None:
             leaf, teacher, weight = (t.to(dtype) for t in (leaf, teacher, weight))
-        found = Inputs(leaf.clone().requires_grad_(), teacher, weight, self.labels[:n], self.terms)
+        found = Inputs(leaf.clone().requires_grad_(), teacher, weight, self.labels[rows], self.terms)
         if dtype is None:
             found.head = self.head  # with what a frozen head keeps
+        return found
+
+    def without_svd(self) -> Inputs:
+        found = copy(self)
+        found.config = replace(self.config, lambda_svd=0.0)
         return found
 
 
@@ -56,7 +63,9 @@ class LinearObjective(Loss):
         weight = (torch.randn(vocab, d, generator=g, device=DEVICE) * (3 / d**0.5)).to(dtype)
         labels = torch.randint(vocab, (n,), generator=g, device=DEVICE)
         inputs = Inputs(hidden.to(dtype).requires_grad_(), teacher, weight, labels, terms)
-        super().__init__(inputs, naive if terms == "kl" else objective("reference"), CHECKED)
+        oracle = naive if terms == "kl" else objective("reference")
+        svd = svd_term if inputs.config.lambda_svd else None
+        super().__init__(inputs, oracle, CHECKED, lambda p: oracle(p.without_svd()), svd)
         self.products = 3 if inputs.config.lambda_consistency else 2
         self.floor_name = f"{self.products} bare products"
 
@@ -77,6 +86,16 @@ def objective(impl: str) -> Callable[[Inputs], Tensor]:
         return balora.functional.linear_objective(p.leaf, p.teacher, p.head, p.labels, p.config, impl=impl).loss
 
     return run
+
+
+def svd_term(p: Inputs) -> Tensor:
+    """λ₃ · −Σ_{i≤k} σ_i(Z)/‖Z‖_F without [N, V]: with W = Q R the σ² of Z = H Wᵀ are the eigenvalues of the smaller
+    Gram matrix of H Rᵀ. In float64 whatever the inputs' type, as a square loses half the digits."""
+    h, r = p.leaf.double(), torch.linalg.qr(p.weight.double(), mode="r")[1]
+    x = h @ r.T
+    gram = x.T @ x if len(x) > x.shape[1] else x @ x.T
+    sigma = torch.linalg.eigvalsh(gram)[-int(p.config.svd_rank) :].sqrt()
+    return -p.config.lambda_svd * sigma.sum() / gram.trace().sqrt()
 
 
 def naive(p: Inputs) -> Tensor:
@@ -158,7 +177,8 @@ def bytes_moved(case: Loss) -> int:
     (n, d), vocab, size = p.leaf.shape, len(p.weight), p.leaf.element_size()
     kl = p.config.lambda_consistency != 0
     logit = 3 * 4 + 3 * size * kl + 2 * size
-    rows = tiles.chunk_rows(n, vocab * (4 + size * max(1, kl)), balora.fused.CHUNK_BYTES)
+    second = kl or size < 4  # a second buffer: without KL the gradient of float32 takes the place of the logits
+    rows = tiles.chunk_rows(n, tiles.row_stride(vocab) * (4 + size * second), balora.fused.CHUNK_BYTES)
     products = 3 if kl else 2
     return n * vocab * logit + -(-n // rows) * products * vocab * d * size + 4 * n * d * size
 

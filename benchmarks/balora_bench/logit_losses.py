@@ -19,7 +19,7 @@ from .harness import DEVICE
 from .operation import Defaults, Function, Implementation, Loss, Operation, Shape, compiled, needs, own
 
 K, T, RANK = 20, 2.0, 10
-CHECKED = 64  # rows
+CHECKED = 64  # rows, before all as they are timed
 
 
 class Logits:
@@ -27,10 +27,11 @@ class Logits:
 
     def __init__(self, leaf: Tensor, teacher: Tensor) -> None:
         self.leaf, self.teacher = leaf, teacher
+        self.vocab = leaf.shape[1]
         self.held = sum(t.numel() * t.element_size() for t in (leaf, teacher))
 
-    def first(self, n: int, dtype: torch.dtype | None = None) -> Logits:
-        leaf, teacher = (t.detach()[:n].to(dtype or t.dtype) for t in (self.leaf, self.teacher))
+    def part(self, rows: slice, dtype: torch.dtype | None = None) -> Logits:
+        leaf, teacher = (t.detach()[rows].to(dtype or t.dtype) for t in (self.leaf, self.teacher))
         return Logits(leaf.clone().requires_grad_(), teacher)
 
     @property

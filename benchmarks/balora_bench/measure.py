@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import harness
-from .operation import Case, Implementation, Operation, Shape
+from .operation import Case, Function, Implementation, Operation, Shape
 from .operations import OPERATIONS
 
 Row = dict[str, Any]
@@ -50,9 +50,12 @@ def measure(
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # beyond a few recompilations torch.compile would run plain Python, without a word
     case = operation.case(shape, getattr(torch, dtype), terms)
-    runs = {"floor": case.floor()}  # before the memory is measured: it stays, while all are timed
+    runs: dict[str, Callable[[], object]] = {
+        "floor": case.floor()
+    }  # before the memory is measured: it stays, while all are timed
     rows: list[Row] = [{**common, "implementation": f"floor: {case.floor_name}", "status": MEASURED}]
     rows[0]["held_MiB"] = case.held / harness.MIB
+    broken: dict[str, Refused] = {}  # while they were timed
     for implementation in (i for i in implementations if terms in i.terms):
         row = {**common, "implementation": implementation.label, "own": implementation.own}
         rows.append(row)
@@ -66,14 +69,34 @@ def measure(
         if implementation.moved:
             moved = implementation.moved(case)
             row |= {"GB_moved": moved / 1e9, "ms_moved": 1e3 * moved / bandwidth}
-        runs[implementation.label] = case.run(implementation.function)
+        runs[implementation.label] = _guarded(implementation.label, case.run(implementation.function), broken)
     seconds = harness.interleaved(runs, rounds, warm_up=3 if harness.ON_GPU else 1)
     base, _ = harness.median_and_spread(seconds["floor"])
     for row, name in [(rows[0], "floor"), *((row, row["implementation"]) for row in rows[1:])]:
-        if name in seconds:
+        if name in broken:
+            for key in row.keys() - common.keys() - {"implementation", "own"}:
+                del row[key]
+            row |= {"status": broken[name].status, "note": str(broken[name])}
+        elif name in seconds:
             ms, spread = harness.median_and_spread(seconds[name])
             row |= {"ms": ms, "spread": spread, "ratio": ms / base}
     return rows
+
+
+def _guarded(name: str, run: Callable[[], object], broken: dict[str, Refused]) -> Callable[[], None]:
+    """The run, which once it fails is noted and not run again: the others are timed on."""
+
+    def guarded() -> None:
+        if name in broken:
+            return
+        try:
+            run()
+        except Exception as error:
+            broken[name] = _refused(error)
+        if name in broken and harness.ON_GPU:
+            torch.cuda.empty_cache()
+
+    return guarded
 
 
 def _admitted(
@@ -89,25 +112,50 @@ def _admitted(
     function = implementation.function
     try:
         errors = case.errors(function)
-        estimate = harness.seconds_of(case.small(function)) / case.share
+        small = harness.seconds_of(case.small(function))
     except Exception as broken:  # a peer's may be anything: another interface, a compiler that is not there
         raise _refused(broken) from broken
-    if outside := [name for name, error in errors.items() if not error.found <= error.allowed]:
-        words = ", ".join(f"{n} {short(errors[n].found)}, allowed {short(errors[n].allowed)}" for n in outside)
-        raise Refused(OUTSIDE, f"outside the error budget: {words}")
-    if estimate > slow:
-        raise Refused(STOPPED, f"too slow: about {estimate:.0f} s a run, {slow:g} s at most")
-    if harness.ON_GPU:
-        try:
-            peak: int | None = harness.peak_memory(case.run(function)) - case.returned
-        except Exception as broken:
-            raise _refused(broken) from broken
-        finally:
+    _hold(errors, "")
+    # A small run's fixed costs do not grow with the rows: only what is far beyond the limit is refused without a run.
+    if small > slow or small / case.share > 50 * slow:
+        raise Refused(STOPPED, f"too slow: about {small / case.share:.0f} s a run, {slow:g} s at most")
+    peak = None if harness.ON_GPU else _in_fresh_process(operation.name, shape, dtype, terms, implementation.name, slow)
+    try:
+        seconds, results = _one_run(case, function)
+        if harness.ON_GPU:
+            peak = harness.peak_memory(case.run(function)) - case.returned
+        if seconds > slow:  # the first may have compiled
+            seconds = harness.seconds_of(case.run(function))
+    except Exception as broken:
+        raise _refused(broken) from broken
+    finally:
+        if harness.ON_GPU:
             torch.cuda.empty_cache()
-    else:
-        peak = _in_fresh_process(operation.name, shape, dtype, terms, implementation.name, slow)
-    found: Row = {f"error_{name}": error.found for name, error in errors.items()}
+    if seconds > slow:
+        raise Refused(STOPPED, f"too slow: {seconds:.0f} s a run, {slow:g} s at most")
+    try:
+        of_all = case.errors_of_all(results)
+    except (RuntimeError, MemoryError) as broken:
+        if not harness.out_of_memory(broken):
+            raise
+        raise Refused(STOPPED, "not checked: the oracle of all rows is out of memory") from broken
+    _hold(of_all, " of all rows")
+    found: Row = {f"error_{name}": error.found for name, error in (errors | of_all).items()}
     return found if peak is None else found | {"peak_MiB": max(0, peak) / harness.MIB}
+
+
+def _hold(errors: dict[str, harness.Error], where: str) -> None:
+    """Refuse what is outside the error budget."""
+    if outside := [name for name, error in errors.items() if not error.found <= error.allowed]:
+        words = ", ".join(f"{n}{where} {short(errors[n].found)}, allowed {short(errors[n].allowed)}" for n in outside)
+        raise Refused(OUTSIDE, f"outside the error budget: {words}")
+
+
+def _one_run(case: Case, function: Function) -> tuple[float, Any]:
+    """Of a run on all inputs: seconds, and what it returned."""
+    results: list[Any] = []
+    seconds = harness.seconds_of(lambda: results.append(case.run(function)()))
+    return seconds, results[0]
 
 
 def short(value: float) -> str:
@@ -168,9 +216,8 @@ def _child(sender: Connection, threads: int, operation: str, shape: Shape, dtype
         seconds = [0.0]
 
         def run() -> object:
-            kept: list[object] = []
-            seconds[0] = harness.seconds_of(lambda: kept.append(case.run(function)()))
-            return kept
+            seconds[0], results = _one_run(case, function)
+            return results
 
         sender.send((harness.peak_memory(run) - case.returned, seconds[0]))
     except Exception as broken:

@@ -121,29 +121,51 @@ class Case(ABC):
     def errors(self, function: Function) -> dict[str, harness.Error]:
         """Of the results on a part of the inputs."""
 
+    def errors_of_all(self, results: Any) -> dict[str, harness.Error]:
+        """Of what a run on all inputs returned; nothing where that part is all of them."""
+        return {}
+
+
+_CHUNK = 2**24  # logits that the oracle of all rows has at a time
+
 
 class Inputs(Protocol):
     """Of a loss; the gradient is taken by the leaf [N, …]."""
 
     leaf: Tensor
+    vocab: int  # logits of a row
     held: int  # bytes
 
-    def first(self, n: int, dtype: torch.dtype | None = None) -> Any:
-        """The same with fewer rows, in another type."""
+    def part(self, rows: slice, dtype: torch.dtype | None = None) -> Any:
+        """The same with those rows alone, in another type."""
 
 
 class Loss(Case):
-    """A loss and its gradient, held against an oracle in float64 on the first rows.
+    """A loss and its gradient, held against an oracle in float64: on the first rows, and on all as they are timed.
+
+    Of all rows, which may be too many to materialize, the oracle goes through chunks: the loss is a mean over the rows,
+    and what is none is a term apart. The gradient is compared in all rows, or, where it has more than 2²⁷ entries, in
+    64 at both ends and in those on both sides of every multiple of 128, the borders of the chunks of many rows.
 
     Args:
         oracle: the equation, everything materialized; in the inputs' type the yardstick of the budget.
-        rows: that are checked.
+        rows: that are checked first.
+        oracle_of_rows: the part of the oracle that is a mean over the rows; all of it where it is not given.
+        whole: the rest of it, of all inputs, at a cost that all rows allow.
     """
 
-    def __init__(self, inputs: Any, oracle: Function, rows: int) -> None:
+    def __init__(
+        self,
+        inputs: Any,
+        oracle: Function,
+        rows: int,
+        oracle_of_rows: Function | None = None,
+        whole: Function | None = None,
+    ) -> None:
         self.inputs, self._oracle = inputs, oracle
+        self._oracle_of_rows, self._whole = oracle_of_rows or oracle, whole
         n, dtype = len(inputs.leaf), inputs.leaf.dtype
-        self._few = inputs.first(min(rows, n))
+        self._few = inputs.part(slice(min(rows, n)))
         self.share = min(rows, n) / n
         self.returned = inputs.leaf.numel() * dtype.itemsize
         self.held = inputs.held + self.returned
@@ -156,11 +178,49 @@ class Loss(Case):
 
     @cached_property
     def _yardstick(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        wide = self._few.first(len(self._few.leaf), torch.float64)
+        wide = self._few.part(slice(None), torch.float64)
         return _named(self._oracle, self._few), _named(self._oracle, wide)
 
     def errors(self, function: Function) -> dict[str, harness.Error]:
         return harness.budget(_named(function, self._few), *self._yardstick, self._few.leaf.dtype)
+
+    @cached_property
+    def _compared(self) -> Tensor:
+        """The rows in which the gradient of all is compared."""
+        n, device = len(self.inputs.leaf), self.inputs.leaf.device
+        rows = torch.arange(n, device=device)
+        if self.inputs.leaf.numel() <= 2**27:
+            return rows
+        return rows[(rows < 64) | (rows >= n - 64) | (rows % 128 == 0) | (rows % 128 == 127)]
+
+    @cached_property
+    def _yardstick_of_all(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self._in_chunks(None), self._in_chunks(torch.float64)
+
+    def _in_chunks(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """The oracle's loss, and the compared rows of its gradient, both in float64; the equation in that type."""
+        n, compared = len(self.inputs.leaf), self._compared
+        loss, gradients = torch.zeros((), dtype=torch.float64, device=compared.device), []
+        step = max(1, _CHUNK // self.inputs.vocab)
+        for start in range(0, n, step):
+            part = self.inputs.part(slice(start, start + step), dtype)
+            found, gradient = _forward_backward(self._oracle_of_rows, part)()
+            share = len(part.leaf) / n
+            inside = compared[(compared >= start) & (compared < start + step)] - start
+            loss += share * found.double()
+            gradients.append(share * gradient[inside].double())
+        gradient = torch.cat(gradients)
+        if self._whole is not None:
+            found, rest = _forward_backward(self._whole, self.inputs.part(slice(None), dtype))()
+            loss, gradient = loss + found.double(), gradient + rest[compared].double()
+        return {"loss": loss, "gradient": gradient}
+
+    def errors_of_all(self, results: tuple[Tensor, Tensor]) -> dict[str, harness.Error]:
+        if self.share == 1:  # errors() had all rows
+            return {}
+        loss, gradient = results
+        found = {"loss": loss, "gradient": gradient[self._compared]}
+        return harness.budget(found, *self._yardstick_of_all, self.inputs.leaf.dtype)
 
 
 def _forward_backward(function: Function, inputs: Inputs) -> Callable[[], tuple[Tensor, Tensor]]:

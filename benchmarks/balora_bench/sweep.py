@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import harness, plots
+from . import harness
 from .measure import MEASURED, NOT_HERE, Row, measure
 from .operation import Implementation, Operation, Shape
 from .tables import Report, grid, number
@@ -110,6 +110,8 @@ def _draw(
     picture: Path,
 ) -> None:
     """Memory with inputs and gradients included, so that these are its floor."""
+    from . import plots  # matplotlib, which tables do without
+
     colors = {i.label: color for i, color in zip(operation.implementations, plots.COLORS, strict=False)}
     time = [plots.Line(f"floor: {next(iter(lines['floor'].values()))['implementation'][7:]}", plots.GRAY, [], [], "--")]
     memory = [
