@@ -4,8 +4,8 @@
 # make evidence  docs/evidence.md again: `balora compare` on small models and real data (SHARED=folder of data and models; about an hour)
 # make lint   ruff and mypy
 # make gpu    builds the extension, runs the GPU tests, then the benchmarks to benchmarks/results/; nothing to download.
-#             Its parts, of less than ten minutes each: gpu-build, gpu-tests, gpu-bench, gpu-sweep, gpu-cost (COST=shapes), gpu-profiles
-#             (with Nsight Compute, ncu, on the PATH also counters of each kernel)
+#             Its parts: gpu-build, gpu-tests, gpu-bench, gpu-sweep, gpu-cost (COST=models, CHECKPOINTING=off, on or both),
+#             gpu-profiles (with Nsight Compute, ncu, on the PATH also counters of each of balora's kernels)
 # make gpu-sanitize  a few GPU tests under compute-sanitizer (memcheck, racecheck; the extension's also initcheck, synccheck)
 
 PYTHON ?= python3
@@ -51,6 +51,7 @@ evidence: $(VENV)/.dev
 GPU := HF_HUB_OFFLINE=1 PYTHONPATH=.:kernels:benchmarks $(PYTHON)
 RESULTS ?= benchmarks/results
 COST ?= llama-2-7b llama-3-8b gemma-2-2b
+CHECKPOINTING ?= off on
 
 gpu: gpu-build gpu-tests gpu-bench gpu-sweep gpu-cost gpu-profiles
 
@@ -69,7 +70,7 @@ gpu-sweep:
 
 gpu-cost:
 	for model in $(COST); do \
-	  $(GPU) -m balora.cli bench training_cost $$model --out $(RESULTS)/gpu/training-cost-$$model || exit 1; \
+	  $(GPU) -m balora.cli bench training_cost $$model --checkpointing $(CHECKPOINTING) --out $(RESULTS)/gpu/training-cost-$$model || exit 1; \
 	done
 
 NCU := ncu --set full --metrics sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active \
@@ -79,8 +80,10 @@ gpu-profiles:
 	mkdir -p runs
 	$(GPU) benchmarks/profiles.py --out docs/profiles
 	if command -v ncu > /dev/null; then \
-	  $(GPU:$(PYTHON)=$(NCU) $(PYTHON)) benchmarks/profiles.py --once && \
-	  $(GPU) benchmarks/ncu_table.py runs/ncu.csv $(RESULTS)/profiles-ncu.csv; \
+	  kernels=$$($(GPU) benchmarks/ncu_table.py --kernels) || exit 1; \
+	  $(GPU:$(PYTHON)=$(NCU) -k "regex:$$kernels" $(PYTHON)) benchmarks/profiles.py --once && \
+	  $(GPU) benchmarks/ncu_table.py runs/ncu.csv $(RESULTS)/profiles-ncu.csv || \
+	  echo "skipped: ncu failed, so there are no counters of single kernels (may this user read them?)"; \
 	else echo "skipped: ncu (Nsight Compute) is not on the PATH, so there are no counters of single kernels"; fi
 
 gpu-sanitize:

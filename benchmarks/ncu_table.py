@@ -2,6 +2,7 @@
 
 ncu … --csv --page raw --log-file FULL.csv python benchmarks/profiles.py --once
 python benchmarks/ncu_table.py FULL.csv OUT.csv
+python benchmarks/ncu_table.py --kernels     # a regular expression of their names, for ncu's -k regex:
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ def table(text: str) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--kernels"]:
+        print(f"^({'|'.join(sorted(kernel_counts.kernels_of_the_sources()))})$")
+        raise SystemExit
     source, target = map(Path, sys.argv[1:])
     rows = table(source.read_text(encoding="utf-8"))
     harness.write_csv(target, rows)

@@ -202,13 +202,13 @@ def test_what_breaks_while_it_is_timed_loses_its_own_figures_alone(monkeypatch, 
 
 
 def test_fixed_costs_of_a_small_run_are_not_scaled_into_too_slow(monkeypatch):
-    """A small run is 1/16 of the rows, but takes as long as all of them."""
-    monkeypatch.setattr(harness, "seconds_of", lambda run: run() and 0 or 1.0)
+    """A small run is 64 rows, but takes a second, as all of them do."""
+    monkeypatch.setattr(harness, "seconds_of", lambda run: float(len([run()])))
     monkeypatch.setattr(measure, "_in_fresh_process", lambda *_: None)
     case = OPERATIONS["consistency_loss"]
     chosen = [i for i in case.implementations if i.name == "naive"]
-    for slow, status in ((2.0, measure.MEASURED), (0.9, measure.STOPPED), (16 / 51, measure.STOPPED)):
-        rows = measure.measure(case, (1024, 9), "float32", "all", chosen, rounds=1, slow=slow, bandwidth=1e10)
+    for n, slow, status in ((1024, 1.0, measure.MEASURED), (1024, 0.9, measure.STOPPED), (4096, 1.0, measure.STOPPED)):
+        rows = measure.measure(case, (n, 9), "float32", "all", chosen, rounds=1, slow=slow, bandwidth=1e10)
         assert rows[1]["status"] == status
 
 
@@ -304,6 +304,26 @@ def test_in_a_sweep_an_implementation_ends_where_it_ended(monkeypatch, capsys):
     assert out.count("planted: ") == 1  # not tried again
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()[:2] in ("20", "40", "80", "16")}
     assert {size: len(cells) - 1 for size, cells in lines.items()} == {"20": 3, "40": 3, "80": 2, "160": 2}
+
+
+def test_an_interrupted_sweep_leaves_what_it_has(monkeypatch, capsys, tmp_path):
+    def interrupted(p):
+        if len(p.leaf) > 40:
+            raise KeyboardInterrupt
+        return torch.nn.functional.cross_entropy(p.leaf @ p.weight.T, p.labels)
+
+    with_another(monkeypatch, "linear_objective", operation.Implementation("planted", interrupted, terms=("ce",)))
+    monkeypatch.setattr(measure, "_in_fresh_process", lambda *_: None)
+    arguments = ["linear_objective", "--sweep", "N", "--shapes", "20,16,50", "80,16,50", "--dtypes", "float32"]
+    arguments += ["--terms", "ce", "--impl", "planted", "--rounds", "1", "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(arguments)
+    with (tmp_path / "linear_objective-N.csv").open(encoding="utf-8") as file:
+        assert [row["N"] for row in csv.DictReader(file) if row["implementation"] == "planted"] == ["20", "40"]
+    markdown = (tmp_path / "linear_objective-N.md").read_text(encoding="utf-8")
+    assert markdown.count("## ") == 1
+    assert (tmp_path / "linear_objective-N.png").exists()
+    assert "ms, forward and backward" not in capsys.readouterr().out  # shown once, at its end
 
 
 def test_sizes_of_a_sweep_double():

@@ -90,9 +90,8 @@ def objective(impl: str) -> Callable[[Inputs], Tensor]:
 
 def svd_term(p: Inputs) -> Tensor:
     """λ₃ · −Σ_{i≤k} σ_i(Z)/‖Z‖_F without [N, V]: with W = Q R the σ² of Z = H Wᵀ are the eigenvalues of the smaller
-    Gram matrix of H Rᵀ. In float64 whatever the inputs' type, as a square loses half the digits."""
-    h, r = p.leaf.double(), torch.linalg.qr(p.weight.double(), mode="r")[1]
-    x = h @ r.T
+    Gram matrix of H Rᵀ. Wants float64: a square loses half the digits."""
+    x = p.leaf @ torch.linalg.qr(p.weight, mode="r")[1].T
     gram = x.T @ x if len(x) > x.shape[1] else x @ x.T
     sigma = torch.linalg.eigvalsh(gram)[-int(p.config.svd_rank) :].sqrt()
     return -p.config.lambda_svd * sigma.sum() / gram.trace().sqrt()

@@ -210,10 +210,16 @@ class Loss(Case):
             loss += share * found.double()
             gradients.append(share * gradient[inside].double())
         gradient = torch.cat(gradients)
-        if self._whole is not None:
-            found, rest = _forward_backward(self._whole, self.inputs.part(slice(None), dtype))()
-            loss, gradient = loss + found.double(), gradient + rest[compared].double()
+        if self._rest is not None:
+            loss, gradient = loss + self._rest[0], gradient + self._rest[1][compared]
         return {"loss": loss, "gradient": gradient}
+
+    @cached_property
+    def _rest(self) -> tuple[Tensor, Tensor] | None:
+        """Of the oracle, what is no mean over the rows, in float64 for the yardstick too: computed once."""
+        if self._whole is None:
+            return None
+        return _forward_backward(self._whole, self.inputs.part(slice(None), torch.float64))()
 
     def errors_of_all(self, results: tuple[Tensor, Tensor]) -> dict[str, harness.Error]:
         if self.share == 1:  # errors() had all rows

@@ -63,7 +63,8 @@ def run(
                     del going[implementation]
                     where = "" if row["status"] == NOT_HERE else f"from {axis} {size} on: "
                     ends.append(f"{name}: {where}{row['note']}")
-    _report(operation, axis, sizes, dtype, terms[0], lines, ends, rows, report)
+        # After every size, for an interrupted sweep.
+        _report(operation, axis, sizes, dtype, terms[0], lines, ends, rows, report, done=shape == sizes[-1])
     return rows
 
 
@@ -77,6 +78,7 @@ def _report(
     ends: Sequence[str],
     rows: Sequence[Row],
     report: Report,
+    done: bool,
 ) -> None:
     fixed = ", ".join(f"{a} {s}" for a, s in zip(operation.axes, sizes[0], strict=True) if a != axis)
     several = len(operation.terms) > 1
@@ -97,7 +99,7 @@ def _report(
     if report.picture is not None and measured:
         _draw(operation, axis, dtype, lines, title, report.subtitle, report.picture)
         written.insert(0, f"![{title}]({report.picture.name})")
-    report.add(title, "\n".join(shown), "\n\n".join(written), rows)
+    report.add(title, "\n".join(shown), "\n\n".join(written), rows, done)
 
 
 def _draw(

@@ -96,10 +96,14 @@ class Report:
     def picture(self) -> Path | None:
         return self._path and self._path.with_suffix(".png")
 
-    def add(self, title: str, shown: str, written: str, rows: Sequence[Row]) -> None:
-        print(f"\n{title}\n{shown}", flush=True)
-        self._text.append(f"## {title}\n\n{written}")
-        self._rows += [{k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    def add(self, title: str, shown: str, written: str, rows: Sequence[Row], done: bool = True) -> None:
+        """A part; one that is not done is written, not shown, and the next takes its place."""
+        text = [*self._text, f"## {title}\n\n{written}"]
+        rounded = [{k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+        rounded = [*self._rows, *rounded]
+        if done:
+            print(f"\n{title}\n{shown}", flush=True)
+            self._text, self._rows = text, rounded
         if self._path is not None:
-            self._path.with_suffix(".md").write_text("\n\n".join(self._text) + "\n", encoding="utf-8")
-            harness.write_csv(self._path.with_suffix(".csv"), [{**row, **self._machine} for row in self._rows])
+            self._path.with_suffix(".md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+            harness.write_csv(self._path.with_suffix(".csv"), [{**row, **self._machine} for row in rounded])
