@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from balora_bench import training_cost, training_methods
+from balora_bench import cli, training_cost, training_methods
 
 pytest.importorskip("peft")
 
@@ -50,36 +50,103 @@ def test_every_method_makes_its_steps_and_has_figures(tmp_path, capsys):
     assert (tmp_path / "cost.md").read_text().count("| PiSSA ") == 1
 
 
-def row(method, losses, **more):
+TERMS = {"ce": 2.0, "consistency": 0.1, "diversity": -2.0, "svd": -1.5}
+
+
+def row(method, changed=None, **more):
+    """Two steps, the second with the changed terms (None: missing)."""
+    terms = {k: v for k, v in (TERMS | (changed or {})).items() if v is not None}
     figures = dict.fromkeys(("seconds", "spread", "peak_GB", "TFLOP", "floor", *training_cost.PARTS), 1.0)
-    return {"method": method, "note": "", "losses": losses} | figures | more
+    losses = [training_methods.weighted(TERMS | t) for t in (TERMS, terms)]
+    more = {"terms": [TERMS, terms], "losses": losses, "reference": [TERMS, terms]} | more
+    return {"method": method, "dtype": "float32", "note": ""} | figures | more
 
 
-def test_no_figure_for_losses_that_leave_the_published_ones():
-    rows = [row("pissa", [2.0, 1.0]), row("published", [2.0, 1.0]), row("balora", [2.0, 1.03], seconds=0.5)]
-    *_, ours = training_cost.gated(rows)
+@pytest.mark.parametrize(
+    "changed",
+    [{"ce": 2.1}, {"consistency": 0.15}, {"diversity": -2.2}, {"svd": -1.3}]
+    + [{name: value} for name in TERMS for value in (None, float("nan"), 0.0)],
+)
+@pytest.mark.parametrize("published", [True, False])
+def test_no_figure_for_a_term_that_is_missing_or_leaves_the_published_one(changed, published):
+    others = [row("pissa"), row("published")] if published else [row("pissa")]
+    *_, ours = training_cost.gated([*others, row("balora", changed, seconds=0.5)])
     assert "seconds" not in ours
     assert "peak_GB" not in ours
-    assert "3.0%" in ours["note"]
-    assert "0.5" not in "".join(training_cost.shown(ours).values())
+    assert f"{next(iter(changed))} " in ours["note"]
+    assert "0.5" not in "".join(training_cost.shown(ours | {"note": ""}).values())
 
 
-@pytest.mark.parametrize("losses", [[2.0, float("nan")], [float("inf"), 1.0]])
-def test_no_figure_for_losses_that_are_no_numbers(losses):
-    *_, ours = training_cost.gated([row("published", [2.0, 1.0]), row("balora", losses)])
+def test_no_figure_for_a_loss_without_its_terms():
+    *_, ours = training_cost.gated([row("published"), row("balora", losses=[2.0, 2.0])])
     assert "seconds" not in ours
+    assert "loss " in ours["note"]
 
 
-def test_losses_that_follow_have_figures_and_ratios():
-    *_, ours = training_cost.gated(
-        [row("pissa", [2.0, 1.0]), row("published", [2.0, 1.0]), row("balora", [2.0, 1.01], seconds=1.5, peak_GB=0.5)]
-    )
+def test_terms_that_follow_have_figures_and_ratios():
+    near = {"ce": 2.01, "consistency": 0.105, "diversity": -1.98, "svd": -1.54}
+    *_, ours = training_cost.gated([row("pissa"), row("published"), row("balora", near, seconds=1.5, peak_GB=0.5)])
     assert (ours["x_seconds"], ours["x_peak"]) == (1.5, 0.5)
+    assert ours["note"] == ""
 
 
-def test_without_the_published_method_the_table_says_so():
-    *_, ours = training_cost.gated([row("pissa", [2.0, 1.0]), row("balora", [2.0, 1.01])])
-    assert "not checked" in ours["note"]
+def test_without_the_published_method_the_table_says_what_the_gate_was():
+    *_, ours = training_cost.gated([row("pissa"), row("balora")])
+    assert "balora.reference" in ours["note"]
+    assert ours["seconds"] == 1
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_no_method_has_figures_with_a_loss_that_is_not_finite(loss):
+    spec = dict(model="m", dtype="float32", batch=1, length=8, r=4, checkpointing=False, warm_up=0)
+    (found,) = [training_cost.summary(spec, "lora", [{"loss": 2.0}, {"loss": loss}], None, 1.0)]
+    assert "seconds" not in found
+    assert "step 2" in found["note"]
+
+
+def test_a_table_without_figures_has_no_picture(tmp_path):
+    training_cost.draw([{"method": "lora", "note": "out of memory"}], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_products_with_a_wider_result_are_counted():
+    a, b = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((3, 4, 5), (3, 5, 6)))
+    aten, operations = torch.ops.aten, []
+
+    def step(out):
+        aten.addmm.dtype_out(out[0], a[0], b[0], torch.float32, out=out[0])
+        aten.mm.dtype_out(a[0], b[0], torch.float32, out=out[0])
+        return aten.bmm.dtype_out(a, b, torch.float32, out=out)
+
+    training_methods.counted(step, operations)(torch.empty(3, 4, 6, device="meta"))
+    assert operations == [2 * 4 * 5 * 6 * (1 + 1 + 3)]
+    assert training_methods.added_product((4, 6), (4, 5), (5, 6), torch.float32) == 2 * 4 * 5 * 6
+
+
+def test_a_count_that_fails_leaves_the_step(monkeypatch):
+    def broken(*args, **kwargs):
+        raise TypeError("no such formula")
+
+    monkeypatch.setattr(training_methods, "product", broken)
+    operations = []
+    found = training_methods.counted(lambda: torch.eye(2) @ torch.eye(2), operations)()
+    assert found.sum() == 2
+    assert operations == []
+
+
+def test_a_child_sees_one_device_and_no_launcher(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_USE_FSDP"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    found = training_cost.child_environment()
+    assert found["CUDA_VISIBLE_DEVICES"] == "2"
+    assert not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_USE_FSDP"} & set(found)
+
+
+def test_a_variable_that_chooses_the_implementation_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("BALORA_IMPL", "reference")
+    assert cli.main(["training_cost", "llama-2-7b"]) == 2
+    assert "BALORA_IMPL" in capsys.readouterr().err
 
 
 def test_the_published_loss_is_the_reference_objective():

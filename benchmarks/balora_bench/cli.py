@@ -26,6 +26,9 @@ def main(argv: Sequence[str]) -> int:
     if argv[:1] == ["training_cost"]:  # of whole models, with options of its own
         from . import training_cost
 
+        if os.environ.get("BALORA_IMPL"):
+            print("balora bench: error: BALORA_IMPL: expected not to be set for training_cost", file=sys.stderr)
+            return 2
         return training_cost.main(argv[1:])
     arguments = _parser().parse_args(argv)
     try:

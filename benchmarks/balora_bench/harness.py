@@ -125,9 +125,6 @@ def copy_bandwidth() -> float:
 def peak_memory(run: Callable[[], object]) -> int:
     """Bytes that one run takes at its peak beyond what is there before: device memory on CUDA, else resident memory of
     this process (Linux), which counts the scratch of the libraries too. Run it in a fresh process."""
-    gc.collect()
-    if not torch.cuda.is_available():
-        ctypes.CDLL(None).malloc_trim(0)
     reset_peak()
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
     kept = run()
@@ -137,10 +134,12 @@ def peak_memory(run: Callable[[], object]) -> int:
 
 
 def reset_peak() -> None:
-    """The peak starts anew from here."""
+    """The peak starts anew from here, without the garbage and the free heap of what came before."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
 
 

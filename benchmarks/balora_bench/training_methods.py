@@ -1,13 +1,17 @@
 """One method's training steps, in a process of its own: what ``training_cost`` measures.
 
 A step for every line on stdin, and a JSON object a step on stdout, so that several methods can take turns.
+In it are the loss and, of BA-LoRA, the unweighted terms.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from typing import Any
 import peft
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
@@ -27,6 +31,7 @@ from transformers import (
 )
 
 import balora
+from balora.attachment import attachment
 from balora.targets import default_targets
 from balora.trainer import BALoraTrainer
 
@@ -40,7 +45,9 @@ METHODS = {
     "balora": "BA-LoRA with balora",
 }
 PARTS = ("teacher", "student", "loss", "backward", "rest")
-PART_STEPS = 3
+PART_STEPS = 2
+TERMS = ("ce", "consistency", "diversity", "svd")
+CHECKED = 64  # tokens on which balora's terms are held against balora.reference, after the last step
 ALL_TERMS = balora.BALoraConfig(consistency_schedule="constant", focus_schedule="constant")
 
 # Public configurations, for models of random weights.
@@ -73,6 +80,7 @@ def child(spec: dict[str, Any]) -> None:
     first_parts = spec["warm_up"] + spec["steps"]
     parts = Parts()
     operations: list[int] = []
+    terms: dict[str, Tensor] = {}  # of the published method's last step
 
     class Steps(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -83,7 +91,7 @@ def child(spec: dict[str, Any]) -> None:
             if state.global_step == state.max_steps - 1:
                 trainer.training_step = counted(trainer.training_step, operations)
             say({"ready": state.global_step})
-            sys.stdin.readline()
+            wait()
             harness.synchronize()
             self.start = time.perf_counter()
 
@@ -95,13 +103,18 @@ def child(spec: dict[str, Any]) -> None:
             if "loss" not in logs:
                 return
             found: dict[str, Any] = {"seconds": self.seconds, "loss": float(logs["loss"]), "peak": harness.peak()}
+            values = logs if spec["method"] == "balora" else terms
+            found["terms"] = {name: float(values[name]) for name in TERMS if name in values}
             if state.global_step == state.max_steps:
-                found["operations"] = sum(operations)
+                found["operations"] = operations[0] if operations else None
+                if spec["method"] == "balora":
+                    with trainer.accelerator.autocast():
+                        found["reference"] = against_reference(trainer.model, rows[0])
             elif state.global_step > first_parts:
                 found["parts"] = parts.of_step(self.seconds)
             say(found)
             if state.global_step == state.max_steps:
-                sys.stdin.readline()  # what follows would disturb the steps of the others
+                wait()  # what follows would disturb the steps of the others
 
     class CostTrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -110,18 +123,23 @@ def child(spec: dict[str, Any]) -> None:
             with torch.no_grad():
                 teacher_logits = teacher(**{k: v for k, v in inputs.items() if k != "labels"}).logits
             outputs = model(**inputs)
-            return published_loss(outputs.loss, outputs.logits, teacher_logits, inputs["labels"])
+            found = published_terms(outputs.loss, outputs.logits, teacher_logits, inputs["labels"])
+            terms.update((name, value.detach()) for name, value in found.items())
+            return weighted(found)
 
     arguments = TrainingArguments(
         spec["scratch"],
         per_device_train_batch_size=spec["batch"],
         max_steps=steps_of(spec),
+        # Takes the KL from 0 to some hundredths of a nat in a few steps. With ten times as much it is above a nat, and
+        # rounding sends two runs of the same objective apart.
         learning_rate=2e-5,
         lr_scheduler_type="constant",
         bf16=spec["dtype"] == "bfloat16",
         gradient_checkpointing=spec["checkpointing"],
         gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=1,
+        logging_nan_inf_filter=False,  # else a loss of NaN is logged as the mean of those before it
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
@@ -135,6 +153,12 @@ def child(spec: dict[str, Any]) -> None:
 
 def say(message: dict) -> None:
     print(json.dumps(message), file=CHANNEL, flush=True)
+
+
+def wait() -> None:
+    """Until the parent wants something; the end where it has closed the pipe."""
+    if not sys.stdin.readline():
+        sys.exit()
 
 
 def build(spec: dict[str, Any]):
@@ -162,6 +186,16 @@ def build(spec: dict[str, Any]):
 
 def published_loss(ce: Tensor, logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
     """CE + λ₁·L_CR + λ₂·L_DR + λ₃·L_SVD (2025 paper) as its text has them, every [N, V] tensor materialized."""
+    return weighted(published_terms(ce, logits, teacher_logits, labels))
+
+
+def weighted(terms: dict[str, Any]) -> Any:
+    focus = ALL_TERMS.lambda_diversity * terms["diversity"] + ALL_TERMS.lambda_svd * terms["svd"]
+    return terms["ce"] + ALL_TERMS.lambda_consistency * terms["consistency"] + focus
+
+
+def published_terms(ce: Tensor, logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """CE and L_CR, L_DR, L_SVD without their λ."""
     config = ALL_TERMS
     valid = labels[:, 1:] != -100
     z, z_teacher = logits[:, :-1][valid].float(), teacher_logits[:, :-1][valid].float()  # [N, V]
@@ -171,7 +205,20 @@ def published_loss(ce: Tensor, logits: Tensor, teacher_logits: Tensor, labels: T
     diversity = (q * torch.log(q + 1e-12)).sum(-1).mean()
     sigma = torch.svd_lowrank(z, q=15, niter=2)[1]
     svd = -sigma[: int(config.svd_rank)].sum() / torch.linalg.matrix_norm(z)
-    return ce + config.lambda_consistency * kl + config.lambda_diversity * diversity + config.lambda_svd * svd
+    return {"ce": ce, "consistency": kl, "diversity": diversity, "svd": svd}
+
+
+def against_reference(model: Any, row: list[int]) -> list[dict[str, float]]:
+    """The terms of the first tokens of a row under the model as it is, with balora and with ``balora.reference``."""
+    ids = torch.tensor([row[: CHECKED + 1]], device=harness.DEVICE)
+    found = []
+    for impl in ("", "reference"):
+        os.environ["BALORA_IMPL"] = impl
+        with torch.no_grad():
+            model(input_ids=ids, labels=ids)
+        last = attachment(model)[0].balora_last
+        found.append({name: getattr(last, name).item() for name in TERMS})
+    return found
 
 
 def load(spec: dict[str, Any]) -> nn.Module:
@@ -191,14 +238,30 @@ def config_of(model: str) -> PreTrainedConfig:
 
 def counted(step: Callable[..., Any], operations: list[int]) -> Callable[..., Any]:
     """The training step, adding the floating-point operations of its products, forward and backward, to the list."""
+    aten = torch.ops.aten
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with FlopCounterMode(display=False) as counter:
-            result = step(*args, **kwargs)
+        formulas = {aten.mm: product, aten.bmm: product, aten.addmm: added_product}
+        try:
+            with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+                result = step(*args, **kwargs)
+        except Exception:  # of the counting, for the step itself has run before; the timings must not be lost with it
+            traceback.print_exc()
+            return step(*args, **kwargs)
         operations.append(counter.get_total_flops())
         return result
 
     return run
+
+
+def product(a: Size, b: Size, *args: Any, **kwargs: Any) -> int:
+    """Operations of [..., m, k] times [..., k, n]. torch's own formula takes a type of the result, as ``mm.dtype_out``
+    and its like have it, for a shape."""
+    return 2 * math.prod(a) * b[-1]
+
+
+def added_product(total: Size, a: Size, b: Size, *args: Any, **kwargs: Any) -> int:
+    return product(a, b)
 
 
 class Parts:
@@ -245,6 +308,6 @@ class Parts:
 
 
 if __name__ == "__main__":
-    CHANNEL = sys.stdout
-    sys.stdout = sys.stderr  # for what libraries print
+    CHANNEL = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # for what libraries print, native ones too
     child(json.loads(sys.argv[1]))
