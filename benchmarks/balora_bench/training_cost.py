@@ -5,9 +5,10 @@
 
 A model is a folder, or the name of a public shape; without weights they are drawn at random. Every method runs in a
 process of its own, on one device: the peak is that process's up to the last timed step, without its set-up. On a CPU
-the processes take turns, a step each, so that a slow moment of the machine meets all of them; on a GPU they run one
-after the other. On a CPU all are resident at once: name fewer --methods where memory is short. All see the same batches, full rows of which every token is trained on. λ is constant, so that every
-step computes every term. A method with a loss that is not finite has no figures.
+the processes take turns, a step each, so that a slow moment of the machine meets all of them; all are resident at once
+then: name fewer --methods where memory is short. On a GPU they run one after the other. All see the same batches, full
+rows of which every token is trained on. λ is constant, so that every step computes every term. A method with a loss
+that is not finite has no figures.
 
 The published method is written anew from the paper's text: peft's PiSSA, a second model as the teacher, the logits of
 both in full, float32 softmaxes over them, ``torch.svd_lowrank``. It is the gate: balora shows no figure unless each of
