@@ -12,6 +12,8 @@ from balora_bench.operations import OPERATIONS
 
 from balora.cli import main
 
+pytestmark = pytest.mark.no_cover
+
 SHAPES = {
     "linear_objective": "40,16,300",
     "consistency_loss": "20,300",

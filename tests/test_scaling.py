@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,6 +33,17 @@ GEMMA = dict(
     num_key_value_heads=2, vocab_size=397, max_position_embeddings=64, tie_word_embeddings=True,
     final_logit_softcapping=30.0, attn_logit_softcapping=50.0, query_pre_attn_scalar=24, pad_token_id=0,
 )  # fmt: skip
+
+
+pytestmark = pytest.mark.no_cover
+
+
+@pytest.fixture(autouse=True)
+def accelerate_begins_anew():
+    """A simulated step has its own precision and processes; Accelerate keeps those of the first that asks."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def model_of(fields, attention="eager", **changes):

@@ -9,6 +9,8 @@ from balora_bench import cli, training_cost, training_methods
 
 pytest.importorskip("peft")
 
+pytestmark = pytest.mark.no_cover
+
 TINY = {
     "model_type": "llama",
     "hidden_size": 32,
