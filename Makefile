@@ -1,6 +1,6 @@
 # make demo   set everything up, fine-tune SmolLM2-135M on word problems, compare before and after (DATA=… for your own)
 # make test   set everything up, run the tests; ends with the branches of balora/ that no test takes
-# make bench  every operation against its peers (`balora bench`), and the microbenchmarks, on this machine
+# make bench  every operation against its peers (`balora bench`), with plots to runs/bench, and the microbenchmarks
 # make evidence  docs/evidence.md again: `balora compare` on small models and real data (SHARED=folder of data and models; about an hour)
 # make lint   ruff and mypy
 # make gpu    builds the extension, runs the GPU tests, then the benchmarks to benchmarks/results/; nothing to download.
@@ -31,7 +31,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	$(BIN)/balora bench
+	$(BIN)/balora bench --out runs/bench
 	$(BIN)/python -m pytest benchmarks/test_micro.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 SHARED ?= ../shared
@@ -59,7 +59,7 @@ gpu-build:
 	BALORA_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 
 gpu-tests:
-	$(GPU) -m pytest -q tests/gpu tests/test_fused.py tests/test_kernels.py -k "not compiles_without_a_spill"
+	$(GPU) -m pytest -q tests/gpu tests/test_fused.py tests/test_fused_svd.py tests/test_kernels.py -k "not compiles_without_a_spill"
 	$(GPU) -m pytest -q tests/gpu/test_kernels.py -k two_percent -rP | grep "^KL" > $(RESULTS)/kl-accuracy-gpu.txt
 
 gpu-bench:

@@ -183,15 +183,20 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, Curve]]) -> None:
     places = sorted(
         (float(scale.transform(axes.transScale.transform((x, y)))[1]), curve.label, curve.color) for y, x, curve in ends
     )
-    ats = [min(max(place, 0.0), 1.0) for place, _, _ in places]
-    for i in range(1, len(ats)):
-        ats[i] = max(ats[i], ats[i - 1] + height)
-    ceiling = 1.02
-    for i in reversed(range(len(ats))):
-        ats[i] = min(ats[i], ceiling)
-        ceiling = ats[i] - height
+    ats = pushed_apart([min(max(place, 0.0), 1.0) for place, _, _ in places], height, 1.02)
     for at, (_, label, color) in zip(ats, places, strict=True):
         axes.text(1.015, at, label, transform=axes.transAxes, color=color, fontsize=_FONT, va="center")
+
+
+def pushed_apart(places: list[float], height: float, ceiling: float) -> list[float]:
+    """Ascending places of labels, moved until they are ``height`` apart and none is above the ceiling."""
+    at = list(places)
+    for i in range(1, len(at)):
+        at[i] = max(at[i], at[i - 1] + height)
+    for i in reversed(range(len(at))):
+        at[i] = min(at[i], ceiling)
+        ceiling = at[i] - height
+    return at
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ import scaling_pictures as pictures
 from balora_bench import harness
 from balora_bench.training_methods import SHAPES
 from scaling_counts import LLAMA_3_70B, Shape, Step
+from scaling_ledger import HALF_RATE
 
 from balora import rows as streaming_rows
 from balora import streaming
@@ -40,10 +41,9 @@ METHODS = {
 # The models of results/training-cost-cpu.csv, by the name of their folder in small letters.
 MEASURED = {
     "stories15m": Shape(6, 288, 6, 6, 48, 768, 32000, tied=True),
-    "smollm2": Shape(30, 576, 9, 3, 64, 1536, 49152, tied=True),
+    "smollm2-135m-instruct": Shape(30, 576, 9, 3, 64, 1536, 49152, tied=True),
 }
 LINK = 0.8 * 450e9  # bytes a second that a GPU receives over NVLink (H100, data sheet), 80 % of it
-HALF_RATE = 0.7 * 989e12  # as in scaling_simulation, which needs peft and transformers
 
 
 def read(name: str) -> list[dict[str, str]]:

@@ -1,8 +1,7 @@
 """A training step without memory or a device: real transformers, peft, accelerate and balora code on fake tensors.
 
-Every operation makes tensors that know shape and type and have no numbers; ``Ledger`` adds up the bytes of those that
-are alive. (``MemTracker`` of torch cannot: it asks for gradients of frozen weights, and ``FSDPMemTracker`` refuses a
-second forward in a step, which the teacher is.) What is not simulated: the allocator's rounding and fragmentation, the
+Every operation makes tensors that know shape and type and have no numbers; ``scaling_ledger`` adds up the bytes of
+those that are alive. What is not simulated: the allocator's rounding and fragmentation, the
 libraries' workspaces, a communicator's buffers.
 
     python benchmarks/scaling_simulation.py                  # all settings to results/scaling-simulated.csv, 10 minutes
@@ -18,8 +17,6 @@ import argparse
 import contextlib
 import csv
 import itertools
-import weakref
-from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -34,24 +31,18 @@ import transformers
 from balora_bench import harness
 from balora_bench.training_methods import ALL_TERMS, SHAPES, published_loss
 from scaling_counts import LLAMA_3_70B
+from scaling_ledger import Ledger
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import balora
 from balora import adapters, fused, modeling, pissa, spectral, targets
 
 aten = torch.ops.aten
 PHASES = ("forward", "teacher", "student", "loss", "backward")  # AdamW returns nothing, and is not timed
-# An H100 (SXM) by its data sheet, 70 % of its arithmetic (bfloat16 on tensor cores, float32 beside them) and 85 % of
-# its bandwidth: assumptions, as nothing here has run on a GPU.
-HALF_RATE, FLOAT32_RATE, BANDWIDTH = 0.7 * 989e12, 0.7 * 67e12, 0.85 * 3.35e12
-_NOTHING = {aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.new_empty_strided, aten._unsafe_view}
-_WIDE = {aten.mm.dtype_out, aten.bmm.dtype_out, aten.addmm.dtype_out}  # float32 results of half precision operands
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -80,130 +71,24 @@ class Simulated(NamedTuple):
     seconds: dict[str, float]  # of a step at the nominal rates, by phase, without AdamW and communication
 
 
-class Ledger(TorchDispatchMode):
-    """Bytes of living storages, their peak, and answers to the few questions that only numbers could answer.
-
-    A tensor's values are asked for rarely: which rows are scored (all but the last of each sequence), whether the
-    labels are in range (yes), whether a row has a tie, a mask or an outlier (no), whether a factorization succeeded
-    (yes), whether a gathered head is the one that is known (yes).
-    """
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self.rows = rows  # that are scored
-        self.alive: dict[int, tuple[int, str]] = {}  # bytes and label of a storage
-        self.now: Counter[str] = Counter()
-        self.moved: Counter[str] = Counter()
-        self.phase = "set-up"
-        self.seconds: Counter[str] = Counter()  # by phase
-        self.flops: Counter[str] = Counter()
-        self.start_peak()
-
-    def start_peak(self) -> None:
-        self.total = sum(self.now.values())
-        self.peak, self.peak_phase, self.at_peak, self.by_phase = 0, "", {}, Counter()
-        for counter in (self.moved, self.seconds, self.flops):
-            counter.clear()
-
-    def add(self, tensor: Tensor, label: str) -> None:
-        for storage in _storages(tensor):
-            key = storage._cdata
-            size = storage.nbytes()
-            if key in self.alive:
-                old, label = self.alive[key]
-                size, change = size, size - old
-            else:
-                weakref.finalize(storage, self._gone, key)
-                change = size
-            self.alive[key] = size, label
-            self._change(label, change)
-
-    def _gone(self, key: int) -> None:
-        size, label = self.alive.pop(key)
-        self._change(label, -size)
-
-    def _change(self, label: str, size: int) -> None:
-        self.now[label] += size
-        self.total += size
-        if self.total > self.by_phase[self.phase]:
-            self.by_phase[self.phase] = self.total
-        if self.total > self.peak:
-            self.peak, self.peak_phase, self.at_peak = self.total, self.phase, dict(self.now)
-
-    def __enter__(self):
-        """FSDP lets go of gathered weights by resizing their storage, which is no operation."""
-        original = torch.UntypedStorage.resize_
-
-        def resize(storage: torch.UntypedStorage, size: int) -> Any:
-            found = original(storage, size)
-            if (key := storage._cdata) in self.alive:
-                old, label = self.alive[key]
-                self.alive[key] = size, label
-                self._change(label, size - old)
-            return found
-
-        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", resize)
-        self._patch.start()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._patch.stop()
-        super().__exit__(*error)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = self._answer(func, args, kwargs or {})
-        made = [t for t in tree_leaves(found) if isinstance(t, Tensor)]
-        for tensor in made:
-            self.add(tensor, self.phase)
-        if made and not (func.is_view or func._overloadpacket in _NOTHING or func.namespace == "c10d"):
-            given = [t for t in tree_leaves(args if func in _WIDE else (args, kwargs)) if isinstance(t, Tensor)]
-            factor = given[func is aten.addmm.dtype_out] if given else None
-            self.spend(_flops(func, given), torch.float32 if factor is None else factor.dtype, *given, *made)
-        return found
-
-    def spend(self, flops: int, dtype: torch.dtype, *tensors: Tensor) -> None:
-        """Time of an operation at the nominal rates: of its arithmetic, or of reading and writing, which is longer."""
-        size = sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)
-        rate = HALF_RATE if dtype in (torch.bfloat16, torch.float16) else FLOAT32_RATE
-        self.flops[self.phase] += flops
-        self.seconds[self.phase] += max(flops / rate, size / BANDWIDTH)
-
-    def _answer(self, func, args, kwargs):
-        if func is aten.nonzero.default:
-            return args[0].new_empty(self.rows, args[0].dim(), dtype=torch.int64)
-        if func is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
-            (mask,) = args[1]
-            return args[0].new_empty(self.rows, *args[0].shape[mask.dim() :])
-        if func in (aten.index_put.default, aten._unsafe_index_put.default) and args[1][0].dtype == torch.bool:
-            return torch.empty_like(args[0])
-        if func is aten.equal.default:
-            return True
-        if func is aten._local_scalar_dense.default:
-            kind = args[0].dtype
-            return not getattr(args[0], "asks_for_any", False) if kind == torch.bool else int(kind != torch.int32)
-        if func in _WIDE:
-            return kwargs["out"]
-        found = func(*args, **kwargs)
-        if func in (aten.any.default, aten.any.dim):
-            found.asks_for_any = True
-        if func is torch.ops.c10d._allgather_base_.default:
-            self.moved["gathered"] += args[0].nbytes
-        if func is torch.ops.c10d._reduce_scatter_base_.default:
-            self.moved["scattered"] += args[1].nbytes
-        return found
-
-
-def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    if hasattr(tensor, "_local_tensor"):  # a DTensor
-        tensor = tensor._local_tensor
-    yield tensor.untyped_storage()
-
-
 def simulate(setting: Setting) -> Simulated:
     """Two steps as Hugging Face's Trainer makes them: bfloat16 weights, float32 adapters, autocast, fused AdamW."""
     ledger = Ledger(setting.batch * (setting.length - 1))
-    with as_on_a_gpu(ledger) if setting.gpu else contextlib.nullcontext():
+    with as_on_a_gpu(ledger) if setting.gpu else contextlib.nullcontext(), _processes(setting.ranks):
         return _simulate(setting, ledger)
+
+
+@contextlib.contextmanager
+def _processes(ranks: int) -> Iterator[None]:
+    """This process as the first of so many; collectives with the others do nothing."""
+    if ranks == 1:
+        yield
+        return
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _simulate(setting: Setting, ledger: Ledger) -> Simulated:
@@ -338,10 +223,6 @@ def to_fake(model: nn.Module) -> None:
 
 def shard(model: nn.Module, ranks: int) -> None:
     """FSDP2 as Accelerate sets it up: every layer, the head and the rest a unit of its own, gathered in bfloat16."""
-    if dist.is_initialized() and dist.get_world_size() != ranks:
-        dist.destroy_process_group()
-    if not dist.is_initialized():
-        dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     mesh = init_device_mesh("cpu", (ranks,))
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
@@ -397,19 +278,6 @@ def _times_weight(g: Tensor, weight: Tensor) -> Tensor:
     a, b = g.unflatten(1, (slices, -1)).transpose(0, 1), weight.unflatten(0, (slices, -1))
     aten.bmm.dtype_out(a, b, torch.float32, out=out)
     return out[0] if slices == 1 else out.sum(0)
-
-
-def _flops(func: Any, tensors: list[Tensor]) -> int:
-    """Of products and attention; 0 of all else. tensors: what it was given."""
-    if func._overloadpacket in (aten.mm, aten.bmm):
-        return 2 * tensors[0].numel() * tensors[1].shape[-1]
-    if func._overloadpacket in (aten.addmm, aten.addmm_):
-        return 2 * tensors[1].numel() * tensors[2].shape[-1]
-    if func._overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu:
-        return 4 * tensors[0].numel() * tensors[1].shape[2]
-    if func._overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return 10 * tensors[1].numel() * tensors[2].shape[2]
-    return 0
 
 
 # ---------------------------------------------------------------- all settings

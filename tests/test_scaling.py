@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 pytest.importorskip("triton")  # the sizes of chunks lie beside the kernels
 import scaling
 import scaling_counts as counts
+import scaling_ledger
 import scaling_simulation as simulation
 from balora_bench.training_methods import ALL_TERMS, published_loss
 from scaling_counts import Shape, Step
@@ -158,7 +159,7 @@ def test_a_soft_capped_head_is_counted_as_it_is_simulated(vocab):
         in_loss, rel=0.04 if vocab > step.scored else 0.08
     )
     if vocab > step.scored:  # in half precision: float32 beside the tensor cores takes fifteen times as long
-        assert found.seconds["loss"] < 2 * found.flops["loss"] / simulation.HALF_RATE
+        assert found.seconds["loss"] < 2 * found.flops["loss"] / scaling_ledger.HALF_RATE
 
 
 def test_the_rows_of_one_method_are_replaced(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import balora
 
+from . import published
 from .harness import DEVICE, ON_GPU
 from .operation import Defaults, Implementation, Loss, Operation, Shape, compiled, needs, own
 
@@ -98,22 +99,18 @@ def svd_term(p: Inputs) -> Tensor:
 
 
 def naive(p: Inputs) -> Tensor:
-    """The objective as the published code computes it: logits of both models in full, softmaxes over them, autograd,
-    ``torch.svd_lowrank`` with q = 15 and two iterations. "kl" is without the cross-entropy."""
-    config, t = p.config, p.config.temperature
-    z = (p.leaf @ p.weight.T).to(torch.promote_types(p.leaf.dtype, torch.float32))
+    """The published terms of the logits of both models in full. "kl" is without the cross-entropy."""
+    config = p.config
+    z = published.widened(p.leaf @ p.weight.T)
     loss = z.new_zeros(()) if p.terms == "kl" else F.cross_entropy(z, p.labels)
     if config.lambda_consistency:
         with torch.no_grad():
             z_teacher = (p.teacher @ p.weight.T).to(z.dtype)
-        kl = F.kl_div((z / t).log_softmax(-1), (z_teacher / t).softmax(-1), reduction="batchmean")
-        loss = loss + config.lambda_consistency * t**2 * kl
+        loss = loss + config.lambda_consistency * published.consistency(z, z_teacher, config.temperature)
     if config.lambda_diversity:
-        q = z.topk(config.entropy_top_k, dim=-1).values.softmax(-1)
-        loss = loss + config.lambda_diversity * (q * (q + 1e-12).log()).sum(-1).mean()
+        loss = loss + config.lambda_diversity * published.diversity(z, config.entropy_top_k)
     if config.lambda_svd:
-        sigma = torch.svd_lowrank(z, q=15, niter=2)[1]
-        loss = loss - config.lambda_svd * sigma[: int(config.svd_rank)].sum() / torch.linalg.matrix_norm(z)
+        loss = loss + config.lambda_svd * published.svd(z, int(config.svd_rank))
     return loss
 
 

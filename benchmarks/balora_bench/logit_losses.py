@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from balora import functional, reference
 
-from . import harness
+from . import harness, published
 from .harness import DEVICE
 from .operation import Defaults, Function, Implementation, Loss, Operation, Shape, compiled, needs, own
 
@@ -37,7 +36,7 @@ class Logits:
     @property
     def wide(self) -> Tensor:
         """The student's, as the published code widens half precision."""
-        return self.leaf.to(torch.promote_types(self.leaf.dtype, torch.float32))
+        return published.widened(self.leaf)
 
 
 class LogitLoss(Loss):
@@ -85,9 +84,7 @@ def of_one_model(oracle: Function, passes: int) -> Callable[[Shape, torch.dtype,
 
 def naive_consistency(p: Logits) -> Tensor:
     z = p.wide
-    with torch.no_grad():
-        target = (p.teacher.to(z.dtype) / T).softmax(-1)
-    return T**2 * F.kl_div((z / T).log_softmax(-1), target, reduction="batchmean")
+    return published.consistency(z, p.teacher.to(z.dtype), T)
 
 
 def liger_jsd(p: Logits) -> Tensor:
@@ -110,17 +107,11 @@ def liger_kl(p: Logits) -> Tensor:
 
 
 def naive_diversity(p: Logits) -> Tensor:
-    q = p.wide.topk(K, dim=-1).values.softmax(-1)
-    return (q * (q + 1e-12).log()).sum(-1).mean()
+    return published.diversity(p.wide, K)
 
 
 def svd_lowrank(q: int, niter: int) -> Callable[[Logits], Tensor]:
-    def run(p: Logits) -> Tensor:
-        z = p.wide
-        sigma = torch.svd_lowrank(z, q=min(q, *z.shape), niter=niter)[1]
-        return -sigma[:RANK].sum() / torch.linalg.matrix_norm(z)
-
-    return run
+    return lambda p: published.svd(p.wide, RANK, q, niter)
 
 
 def naive_covariance(p: Logits) -> Tensor:

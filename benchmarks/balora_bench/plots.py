@@ -11,6 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from balora.plots import pushed_apart
+
 # Okabe and Ito's, which color-blind readers tell apart; first those of balora.
 COLORS = ("#0B3C6F", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#8C564B", "#7F7F00", "#5E3C99")
 GRAY = "#666666"
@@ -80,13 +82,7 @@ def _name_ends(axes: Axes, lines: list[Line]) -> None:
     height = 1.3 * _FONT / 72 / (_HEIGHT * axes.get_position().height)  # of a line of text, as a share of the axes
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = sorted(((*to_axes.transform((line.x[-1], line.y[-1])), line) for line in lines), key=lambda end: end[1])
-    at = [end[1] for end in ends]
-    for i in range(1, len(at)):
-        at[i] = max(at[i], at[i - 1] + height)
-    ceiling = 1.04
-    for i in reversed(range(len(at))):
-        at[i] = min(at[i], ceiling)
-        ceiling = at[i] - height
+    at = pushed_apart([end[1] for end in ends], height, 1.04)
     for y, (x, end, line) in zip(at, ends, strict=True):
         axes.annotate(
             line.label,

@@ -18,7 +18,6 @@ from typing import Any
 
 import peft
 import torch
-import torch.nn.functional as F
 from torch import Size, Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -35,7 +34,7 @@ from balora.attachment import attachment
 from balora.targets import default_targets
 from balora.trainer import BALoraTrainer
 
-from . import harness
+from . import harness, published
 
 METHODS = {
     "full": "full fine-tuning",
@@ -198,14 +197,13 @@ def published_terms(ce: Tensor, logits: Tensor, teacher_logits: Tensor, labels: 
     """CE and L_CR, L_DR, L_SVD without their λ."""
     config = ALL_TERMS
     valid = labels[:, 1:] != -100
-    z, z_teacher = logits[:, :-1][valid].float(), teacher_logits[:, :-1][valid].float()  # [N, V]
-    t = config.temperature
-    kl = F.kl_div(F.log_softmax(z / t, -1), F.softmax(z_teacher / t, -1), reduction="batchmean") * t**2
-    q = F.softmax(z.topk(config.entropy_top_k, -1).values, -1)
-    diversity = (q * torch.log(q + 1e-12)).sum(-1).mean()
-    sigma = torch.svd_lowrank(z, q=15, niter=2)[1]
-    svd = -sigma[: int(config.svd_rank)].sum() / torch.linalg.matrix_norm(z)
-    return {"ce": ce, "consistency": kl, "diversity": diversity, "svd": svd}
+    z, z_teacher = (published.widened(full[:, :-1][valid]) for full in (logits, teacher_logits))  # [N, V]
+    return {
+        "ce": ce,
+        "consistency": published.consistency(z, z_teacher, config.temperature),
+        "diversity": published.diversity(z, config.entropy_top_k),
+        "svd": published.svd(z, int(config.svd_rank)),
+    }
 
 
 def against_reference(model: Any, row: list[int]) -> list[dict[str, float]]:

@@ -1,0 +1,136 @@
+"""A layer of the offset form by itself: its equation and gradients in every type, what it keeps, copies, its end."""
+
+import copy
+import gc
+import math
+import weakref
+
+import peft
+import pytest
+import torch
+
+import balora
+from balora.adapters import FROZEN
+
+from .conftest import tiny_llama
+from .test_pissa import logits
+
+
+def one_layer(dtype=torch.float32, **options):
+    """An adapted layer whose A and B have left their start, and an input for it."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False)).to(dtype)
+    model = balora.get_pissa_model(base, r=4, lora_alpha=6, target_modules=["0"], **options)
+    layer = model.base_model.model[0]
+    for factor in (layer.lora_A.default.weight, layer.lora_B.default.weight):
+        factor.data += 0.1 * torch.randn_like(factor)
+    return layer, torch.randn(2, 5, 24).to(dtype)
+
+
+def written_out(layer, x):
+    """W x + s·(B(A x) − B₀(A₀ x)) in float64, and its gradients by x, A and B."""
+    x, a, b = (
+        t.detach().double().requires_grad_() for t in (x, layer.lora_A.default.weight, layer.lora_B.default.weight)
+    )
+    a0, b0 = (getattr(layer, name).default.double() for name in FROZEN["offset"])
+    out = x @ layer.base_layer.weight.double().T + 1.5 * (x @ a.T @ b.T - x @ a0.T @ b0.T)
+    return out, torch.autograd.grad(out.sin().sum(), (x, a, b))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 24), (5, 24), (24,), (0, 24)])
+def test_a_layer_and_its_gradients_are_the_equation(shape):
+    layer, x = one_layer(torch.float64)
+    x = x.flatten()[: math.prod(shape)].reshape(shape).requires_grad_()
+    expected, by = written_out(layer, x)
+    found = layer(x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    factors = layer.lora_A.default.weight, layer.lora_B.default.weight
+    for grad, exact in zip(torch.autograd.grad(found.sin().sum(), (x, *factors)), by, strict=True):
+        torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_in_other_types_is_as_near_as_its_modules(dtype, autocast):
+    """A and B as peft's own modules, which autocast rounds, are the yardstick."""
+    layer, x = one_layer(dtype)
+    expected, exact = written_out(layer, x)
+    a, b = layer.lora_A.default, layer.lora_B.default
+    a0, b0 = (getattr(layer, name).default for name in FROZEN["offset"])
+
+    def modules(x):
+        wide = x.to(a.weight.dtype)
+        initial = torch.nn.functional.linear(torch.nn.functional.linear(wide, a0.to(wide)), b0.to(wide))
+        return (layer.base_layer(x) + (b(a(wide)) - initial) * 1.5).to(x.dtype)
+
+    def errors(forward):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = forward(leaf)
+        grads = torch.autograd.grad(out.double().sin().sum(), (leaf, a.weight, b.weight))
+        pairs = zip((out, *grads), (expected, *exact), strict=True)
+        return [((f.double() - e).abs().max() / e.abs().max()).item() for f, e in pairs], [g.dtype for g in grads]
+
+    found, types = errors(layer)
+    yardstick, _ = errors(modules)
+    assert types == [dtype, torch.float32, torch.float32]
+    eps = torch.finfo(torch.bfloat16 if autocast else dtype).eps
+    assert all(f <= 2 * (y + eps) for f, y in zip(found, yardstick, strict=True)), (found, yardstick)
+
+
+def test_layers_keep_the_input_that_they_share_and_no_rounded_factors():
+    base = tiny_llama(dtype=torch.bfloat16)
+    model = balora.get_pissa_model(base, r=4, lora_alpha=8).train()
+    attention = model.base_model.model.model.layers[0].self_attn
+    x = torch.randn(2, 6, 32, dtype=torch.bfloat16, requires_grad=True)
+    kept = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        outputs = [projection(x) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    assert all(o.dtype == torch.bfloat16 for o in outputs)
+    inputs = {t.data_ptr() for t in kept if t.shape == x.shape and t.dtype == torch.bfloat16}
+    assert inputs == {x.data_ptr()}
+    assert not [t for t in kept if t.shape == x.shape and t.dtype == torch.float32]
+    parameters = {p.data_ptr() for p in model.parameters()} | {b.data_ptr() for b in model.buffers()}
+    factors = [t for t in kept if t.dim() == 2 and 4 in t.shape]
+    assert factors
+    assert all(t.data_ptr() in parameters for t in factors)
+
+
+def test_an_ordinary_adapter_beside_it_still_gets_its_own_type():
+    model = balora.get_pissa_model(tiny_llama(dtype=torch.bfloat16), r=4, lora_alpha=8)
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for active in ("other", "default", "other"):
+        model.set_adapter(active)
+        assert logits(model).dtype == torch.bfloat16
+
+
+def test_a_model_is_freed_without_the_collector():
+    model = balora.get_pissa_model(tiny_llama(), r=4, lora_alpha=8)
+    weight = weakref.ref(model.base_model.model.model.layers[0].mlp.up_proj)
+    gc.collect()
+    gc.disable()
+    try:
+        model.base_model.model.model.layers[0].mlp.up_proj = torch.nn.Identity()
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_a_forward_without_data():
+    layer, x = one_layer()
+    assert layer.to("meta")(x.to("meta")).shape == (2, 5, 40)
+
+
+def test_a_copied_model_is_on_its_own():
+    model = balora.get_pissa_model(tiny_llama(dtype=torch.bfloat16), r=4, lora_alpha=8)
+    before = logits(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(1)
+    assert torch.equal(logits(other), before)
+    assert not torch.equal(logits(model), before)
