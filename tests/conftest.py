@@ -20,6 +20,24 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch
 
 SHARED = Path(os.environ.get("BALORA_SHARED", Path(__file__).parents[2] / "shared"))
 
+
+def pytest_configure(config):
+    """In a worker of pytest-xdist pytest-cov 7.1 begins twice: the first is never read, and never paused."""
+    coverage = config.pluginmanager.getplugin("_cov")
+    if coverage is not None and coverage.cov_controller is not None and hasattr(config, "workerinput"):
+        coverage.cov_controller.cov.stop()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """Neither a switch of the environment nor a process group outlives its test: others run in the same process."""
+    switches = lambda: {k: v for k, v in os.environ.items() if k.startswith(("BALORA_", "TRITON_", "HF_"))}  # noqa: E731
+    before = switches()
+    yield
+    assert switches() == before
+    assert not torch.distributed.is_initialized()
+
+
 ALL_TERMS = BALoraConfig(lambda_consistency=0.7, lambda_diversity=0.3, lambda_svd=0.9, entropy_top_k=5, svd_rank=3)
 
 

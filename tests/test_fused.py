@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 tiles = pytest.importorskip("balora_kernels.tiles")
 rows = pytest.importorskip("balora_kernels.rows")
 
+no_cover = pytest.mark.no_cover
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Float32 Gram matrices on a device cost the SVD term some digits: it has tests of its own there.
 ALL = replace(ALL_TERMS, lambda_svd=0.0) if torch.cuda.is_available() else ALL_TERMS
@@ -31,6 +32,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "_TILE", 64)
 
 
+@no_cover
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("term", [t for t in (*test_streaming.TERMS, "all") if t != "svd" or ALL.lambda_svd])
 def test_value_and_gradient_within_the_budget(small_tiles, term, dtype):
@@ -39,7 +41,7 @@ def test_value_and_gradient_within_the_budget(small_tiles, term, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", test_head.KINDS)
+@pytest.mark.parametrize("kind", ["bias", *(pytest.param(k, marks=no_cover) for k in test_head.KINDS if k != "bias")])
 def test_every_head_trained_or_frozen(small_tiles, kind, dtype):
     everything = test_head.tensors(kind, dtype, n=7, vocab=131)
     test_head.check(everything, ALL, dtype, by="triton")
@@ -67,7 +69,7 @@ def test_terms_of_the_whole_batch_besides(variant):
     test_head.check(everything, test_head.VARIANTS[variant], torch.float32, by="triton")
 
 
-@pytest.mark.no_cover
+@no_cover
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
 @pytest.mark.parametrize("distance", [1e-4, 1e-2, 1.0, 10.0])
 def test_consistency_from_close_to_far(small_tiles, distance, temperature):
@@ -93,7 +95,7 @@ def test_bf16_consistency_within_two_percent(distance):
     assert relative(gradients.hidden.cpu().double() / 1e12 / 6, exact - ce) < 0.02
 
 
-@pytest.mark.no_cover
+@no_cover
 @pytest.mark.parametrize("shape", [(3, 2, 2), (2, 5, 64), (2, 5, 65), (5, 3, 4097)])
 def test_awkward_shapes(shape):
     for dtype in (torch.float32, torch.bfloat16):
@@ -106,7 +108,7 @@ def test_a_vocabulary_of_one():
     assert not grad.any()
 
 
-@pytest.mark.no_cover
+@no_cover
 @pytest.mark.parametrize("vocab", [66_000, 2**18 + 70])
 def test_a_large_vocabulary(vocab):
     """Several real tiles, and from 2¹⁸ on larger blocks."""
@@ -114,6 +116,7 @@ def test_a_large_vocabulary(vocab):
                          impl="triton")  # fmt: skip
 
 
+@no_cover
 def test_chunks_do_not_change_a_bit(monkeypatch, small_tiles):
     """Of the terms and, where products of the same numbers are, of the gradient."""
     inputs = problem(9, 16, 301, dtype=torch.float32, ignored=1)
@@ -133,7 +136,7 @@ def test_chunks_do_not_change_a_bit(monkeypatch, small_tiles):
     torch.testing.assert_close(grad_again, grad, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.no_cover
+@no_cover
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_on_logits(small_tiles, name, dtype):
@@ -144,7 +147,7 @@ def test_losses_on_logits(small_tiles, name, dtype):
     assert not grad[~valid].any()
 
 
-@pytest.mark.no_cover
+@no_cover
 @pytest.mark.parametrize("name", LOSSES)
 def test_rows_of_any_stride(small_tiles, name):
     """Of a slice of a batch, as shifted logits are, and of transposed logits."""
@@ -163,7 +166,7 @@ def test_rows_of_any_stride(small_tiles, name):
         torch.testing.assert_close(leaf.grad.reshape(8, 90).cpu(), 3 * grad)
 
 
-@pytest.mark.no_cover
+@no_cover
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("where", ["student", "teacher"])
 def test_nan_in_nan_out(small_tiles, name, where):
@@ -200,6 +203,7 @@ def test_a_masked_vocabulary(small_tiles):
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-7)
 
 
+@no_cover
 def test_what_the_kernels_cannot_do():
     hidden, teacher, weight, labels = problem(3, 4, 300)
     wide = there("triton", hidden, teacher, weight, labels)
@@ -249,7 +253,7 @@ def test_rows_are_masked_where_nothing_may_wait(small_tiles):
     assert not grads.hidden[labels < 0].any()
 
 
-@pytest.mark.no_cover
+@no_cover
 @pytest.mark.parametrize("impl", ["streaming", "triton"])
 def test_torch_compile_of_the_objective(impl):
     """As one graph, with the gradients of a trained head, labels that are ignored, and another λ on the next step."""
@@ -285,6 +289,7 @@ def test_torch_compile_of_the_losses_on_logits():
     torch.testing.assert_close(*(torch.autograd.grad(x, z)[0] for x in (found, expected)))
 
 
+@no_cover
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "bias"])
 def test_the_svd_term_as_on_a_device(monkeypatch, small_tiles, kind, masked):
@@ -326,7 +331,7 @@ def test_what_a_captured_graph_cannot_do(monkeypatch):
             fused.objective(hidden, teacher, LinearHead(weight), None, labels, None, config, need, masked=True)
 
 
-@pytest.mark.no_cover
+@no_cover
 @pytest.mark.parametrize("value", [-torch.inf, torch.finfo(torch.float32).min, -1e9])
 @pytest.mark.parametrize("who", ["both", "student", "teacher"])
 def test_whole_tiles_masked_by_a_large_number(small_tiles, who, value):
@@ -359,7 +364,7 @@ def test_a_student_that_masks_what_the_teacher_rules_out(small_tiles):
     torch.testing.assert_close(grad, exact_grad, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.no_cover
+@no_cover
 @pytest.mark.parametrize("offset", [10.0, 1000.0, -9000.0])
 @pytest.mark.parametrize("slope", [1.0, 1.01])
 def test_a_teacher_with_an_offset(small_tiles, offset, slope):
@@ -369,7 +374,7 @@ def test_a_teacher_with_an_offset(small_tiles, offset, slope):
     test_losses.check(LOSSES["consistency at T = 1"], z, teacher, torch.float32, by="triton")
 
 
-@pytest.mark.no_cover
+@no_cover
 @pytest.mark.parametrize("distance", [1e-6, 1e-3, 50.0])
 def test_float16_close_and_far(small_tiles, distance):
     """Differences below the smallest float16, and gradients of small probabilities."""
