@@ -182,6 +182,16 @@ def test_a_method_that_fails_is_named_with_the_reason(tmp_path):
     assert "seconds" not in found
 
 
+def test_a_method_that_is_killed_is_said_to_be():
+    child = training_cost.Child({"method": "pissa"})
+    try:
+        child.process.kill()
+        assert child.step() is None
+        assert child.why() == "killed by SIGKILL, as where memory ends"
+    finally:
+        child.end()
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

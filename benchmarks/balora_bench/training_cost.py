@@ -5,10 +5,10 @@
 
 A model is a folder, or the name of a public shape; without weights they are drawn at random. Every method runs in a
 process of its own, on one device: the peak is that process's up to the last timed step, without its set-up. On a CPU
-the processes take turns, a step each, so that a slow moment of the machine meets all of them; all are resident at once
-then: name fewer --methods where memory is short. On a GPU they run one after the other. All see the same batches, full
-rows of which every token is trained on. λ is constant, so that every step computes every term. A method with a loss
-that is not finite has no figures.
+the processes take turns, a step each, so that a slow moment of the machine meets all of them, and between its steps
+each gives its free heap back; all are resident at once then: name fewer --methods where memory is short. On a GPU they
+run one after the other. All see the same batches, full rows of which every token is trained on. λ is constant, so that
+every step computes every term. A method with a loss that is not finite has no figures.
 
 The published method is written anew from the paper's text: peft's PiSSA, a second model as the teacher, the logits of
 both in full, float32 softmaxes over them, ``torch.svd_lowrank``. It is the gate: balora shows no figure unless each of
@@ -29,6 +29,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -126,6 +127,9 @@ class Child:
     def why(self) -> str:
         """Its last words; it has ended, or is told to."""
         self._stop()
+        if self.process.returncode < 0:
+            name = signal.Signals(-self.process.returncode).name
+            return f"killed by {name}" + (", as where memory ends" if name == "SIGKILL" else "")
         self.errors.seek(0)
         lines = self.errors.read().strip().splitlines()
         return lines[-1][:160] if lines else f"ended with status {self.process.returncode}"
