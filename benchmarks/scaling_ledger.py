@@ -1,7 +1,6 @@
 """What a step on fake tensors takes: living bytes and their peak, operations, time at nominal rates, traffic.
 
-``MemTracker`` of torch cannot do it: it asks for gradients of frozen weights, and ``FSDPMemTracker`` refuses a second
-forward in a step, which the teacher is.
+docs/scaling.md says why torch's ``MemTracker`` cannot do it.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def _simulate(setting: Setting, ledger: Ledger) -> Simulated:
                 shard(module, setting.ranks)
     prepared = accelerator.prepare_model(model.train())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        ledger.add(tensor, _kind(name, setting.method))
+        ledger.add(tensor, _kind(name))
     for tensor in teacher.parameters() if teacher is not None else ():
         ledger.add(tensor, "second model")
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -137,7 +137,7 @@ def _loss(model: nn.Module, teacher: nn.Module | None, ids: Tensor, count: Tenso
     return published_loss(outputs.loss, outputs.logits, teacher_logits, labels)
 
 
-def _kind(name: str, method: str) -> str:
+def _kind(name: str) -> str:
     if "lora_offset" in name:
         return "frozen factors"
     if "lora_" in name:

@@ -31,11 +31,18 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
     """Neither a switch of the environment nor a process group outlives its test: others run in the same process."""
-    switches = lambda: {k: v for k, v in os.environ.items() if k.startswith(("BALORA_", "TRITON_", "HF_"))}  # noqa: E731
-    before = switches()
+    before = dict(os.environ)
     yield
-    assert switches() == before
-    assert not torch.distributed.is_initialized()
+    kinds = "BALORA_", "TRITON_", "HF_", "WORLD_SIZE", "RANK", "LOCAL_RANK"
+    names = [n for n in {*before, *os.environ} if n.startswith(kinds) and before.get(n) != os.environ.get(n)]
+    for name in names:
+        os.environ.pop(name, None)
+        os.environ.update({name: before[name]} if name in before else {})
+    group = torch.distributed.is_initialized()
+    if group:
+        torch.distributed.destroy_process_group()
+    assert not names
+    assert not group
 
 
 ALL_TERMS = BALoraConfig(lambda_consistency=0.7, lambda_diversity=0.3, lambda_svd=0.9, entropy_top_k=5, svd_rank=3)

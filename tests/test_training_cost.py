@@ -7,6 +7,8 @@ import pytest
 import torch
 from balora_bench import cli, training_cost, training_methods
 
+from balora import reference
+
 pytest.importorskip("peft")
 
 pytestmark = pytest.mark.no_cover
@@ -100,7 +102,7 @@ def test_without_the_published_method_the_table_says_what_the_gate_was():
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_no_method_has_figures_with_a_loss_that_is_not_finite(loss):
-    spec = dict(model="m", dtype="float32", batch=1, length=8, r=4, checkpointing=False, warm_up=0)
+    spec = dict(model="m", data="", dtype="float32", batch=1, length=8, r=4, checkpointing=False, warm_up=0)
     (found,) = [training_cost.summary(spec, "lora", [{"loss": 2.0}, {"loss": loss}], None, 1.0)]
     assert "seconds" not in found
     assert "step 2" in found["note"]
@@ -156,26 +158,32 @@ def test_the_published_loss_is_the_reference_objective():
     z, t = (torch.randn(2, 9, 50, generator=g, dtype=torch.float64) for _ in range(2))
     labels = torch.randint(50, (2, 9), generator=g)
     labels[0, :4] = -100
-    zero = torch.zeros((), dtype=torch.float64)
+    ce = torch.tensor(2.0, dtype=torch.float64)
     kept = labels[:, 1:] != -100
-    found = training_methods.published_loss(zero, z, t, labels)
     config = training_methods.ALL_TERMS
-    from balora import reference
-
+    found = training_methods.published_terms(ce, z, t, labels)
     a, b = z[:, :-1][kept], t[:, :-1][kept]
-    n = len(a)
-    expected = (
-        config.lambda_consistency * reference.consistency(a, b, config.temperature) / n
-        + config.lambda_diversity * reference.diversity(a, config.entropy_top_k) / n
-        + config.lambda_svd * reference.svd(a, config.svd_rank, "fro")
-    )
-    assert found.item() == pytest.approx(expected.item(), rel=1e-3)  # float32, and its own SVD
+    kl, entropy = reference.consistency(a, b, config.temperature), reference.diversity(a, config.entropy_top_k)
+    assert found["consistency"].item() == pytest.approx(kl.item() / len(a), rel=1e-9)
+    assert found["diversity"].item() == pytest.approx(entropy.item() / len(a), rel=1e-9)
+    assert found["svd"].item() == pytest.approx(reference.svd(a, config.svd_rank, "fro").item(), rel=1e-3)  # a sketch
+    loss = ce + config.lambda_consistency * found["consistency"]
+    loss += config.lambda_diversity * found["diversity"] + config.lambda_svd * found["svd"]
+    assert training_methods.published_loss(ce, z, t, labels).item() == pytest.approx(loss.item(), rel=1e-12)
 
 
 def test_a_method_that_fails_is_named_with_the_reason(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     spec = dict(
-        model=str(tmp_path), batch=1, length=8, r=10_000, dtype="float32", steps=1, warm_up=0, checkpointing=False
+        model=str(tmp_path),
+        batch=1,
+        length=8,
+        r=10_000,
+        data="",
+        dtype="float32",
+        steps=1,
+        warm_up=0,
+        checkpointing=False,
     )
     (found,) = training_cost.measure(spec, ["balora"], None, 1e12)
     assert "r: expected" in found["note"]

@@ -139,13 +139,8 @@ def reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        give_back()
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def give_back() -> None:
-    """The free heap of this process to the system (Linux, glibc), which otherwise keeps what smaller tensors had."""
-    ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak() -> int:

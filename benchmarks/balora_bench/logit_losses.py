@@ -83,8 +83,7 @@ def of_one_model(oracle: Function, passes: int) -> Callable[[Shape, torch.dtype,
 
 
 def naive_consistency(p: Logits) -> Tensor:
-    z = p.wide
-    return published.consistency(z, p.teacher.to(z.dtype), T)
+    return published.consistency(p.wide, p.teacher, T)
 
 
 def liger_jsd(p: Logits) -> Tensor:

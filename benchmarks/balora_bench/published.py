@@ -17,7 +17,7 @@ def widened(z: Tensor) -> Tensor:
 def consistency(z: Tensor, z_teacher: Tensor, temperature: float) -> Tensor:
     """T² · KL(softmax(Z_P/T) ‖ softmax(Z/T)), the mean over the rows; nothing for the teacher."""
     with torch.no_grad():
-        target = (z_teacher / temperature).softmax(-1)
+        target = (z_teacher.to(z.dtype) / temperature).softmax(-1)
     return temperature**2 * F.kl_div((z / temperature).log_softmax(-1), target, reduction="batchmean")
 
 

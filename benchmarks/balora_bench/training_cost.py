@@ -5,10 +5,10 @@
 
 A model is a folder, or the name of a public shape; without weights they are drawn at random. Every method runs in a
 process of its own, on one device: the peak is that process's up to the last timed step, without its set-up. On a CPU
-the processes take turns, a step each, so that a slow moment of the machine meets all of them, and between its steps
-each gives its free heap back; all are resident at once then: name fewer --methods where memory is short. On a GPU they
-run one after the other. All see the same batches, full rows of which every token is trained on. λ is constant, so that
-every step computes every term. A method with a loss that is not finite has no figures.
+the processes take turns, a step each, so that a slow moment of the machine meets all of them; all are resident at once
+then: name fewer --methods where memory is short. On a GPU they run one after the other. All see the same batches, full
+rows of which every token is trained on. λ is constant, so that every step computes every term. A method with a loss
+that is not finite has no figures.
 
 The published method is written anew from the paper's text: peft's PiSSA, a second model as the teacher, the logits of
 both in full, float32 softmaxes over them, ``torch.svd_lowrank``. It is the gate: balora shows no figure unless each of
@@ -125,11 +125,9 @@ class Child:
         return message
 
     def why(self) -> str:
-        """Its last words; it has ended, or is told to."""
-        self._stop()
-        if self.process.returncode < 0:
-            name = signal.Signals(-self.process.returncode).name
-            return f"killed by {name}" + (", as where memory ends" if name == "SIGKILL" else "")
+        """What ended it, or its last words; it has ended, or is told to."""
+        if self._stop() and self.process.returncode == -signal.SIGKILL:
+            return "killed by SIGKILL, as where memory ends"
         self.errors.seek(0)
         lines = self.errors.read().strip().splitlines()
         return lines[-1][:160] if lines else f"ended with status {self.process.returncode}"
@@ -138,17 +136,21 @@ class Child:
         self._stop()
         self.errors.close()
 
-    def _stop(self) -> None:
+    def _stop(self) -> bool:
+        """Whether it ended without being killed here."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with contextlib.suppress(OSError):
             self.process.stdin.close()
+        by_itself = True
         try:
             self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:
+            by_itself = False
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
+        return by_itself
 
 
 def child_environment() -> dict[str, str]:
@@ -162,7 +164,7 @@ def child_environment() -> dict[str, str]:
 def summary(
     spec: dict[str, Any], name: str, steps: list[dict[str, Any]], failed: str | None, rate: float
 ) -> dict[str, Any]:
-    given = ("dtype", "batch", "length", "r", "checkpointing")
+    given = ("data", "dtype", "batch", "length", "r", "checkpointing")
     row: dict[str, Any] = {"model": Path(spec["model"]).name, "method": name, "note": failed or ""}
     row |= {key: spec[key] for key in given}
     if failed:
@@ -264,7 +266,8 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
 
 def heading(row: dict[str, Any]) -> str:
     how = "with gradient checkpointing" if row["checkpointing"] else "without gradient checkpointing"
-    return f"{row['model']}, {row['batch']} × {row['length']} tokens, {row['dtype']}, r = {row['r']}, {how}"
+    tokens = f"{row['batch']} × {row['length']} tokens" + (f" of {row['data']}" if row["data"] else " drawn at random")
+    return f"{row['model']}, {tokens}, {row['dtype']}, r = {row['r']}, {how}"
 
 
 def distances(row: dict[str, Any]) -> str:
@@ -355,6 +358,7 @@ def main(argv: Sequence[str]) -> int:
         for checkpointing in arguments.checkpointing:
             options = ("batch", "length", "r", "dtype", "steps", "warm_up")
             spec = {"model": model, "checkpointing": checkpointing == "on"}
+            spec["data"] = "/".join(arguments.data.parts[-2:]) if arguments.data else ""
             spec |= {name: getattr(arguments, name) for name in options}
             rows = measure(spec, arguments.methods, arguments.data, rate)
             shown_before = len(text)

@@ -111,8 +111,6 @@ def child(spec: dict[str, Any]) -> None:
                         found["reference"] = against_reference(trainer.model, rows[0])
             elif state.global_step > first_parts:
                 found["parts"] = parts.of_step(self.seconds)
-            if harness.DEVICE == "cpu":
-                harness.give_back()  # for the steps of the others
             say(found)
             if state.global_step == state.max_steps:
                 wait()  # what follows would disturb the steps of the others

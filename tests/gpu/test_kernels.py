@@ -1,6 +1,7 @@
 """The Triton kernels on a CUDA device, beyond what their interpreter shows: real sizes, graphs, bits, memory.
 
-The tests of tests/test_fused.py and tests/test_kernels.py run on the device too where there is one: see `make gpu`.
+The tests of tests/test_fused.py, test_fused_svd.py and test_kernels.py run on the device too where there is one: see
+`make gpu`.
 """
 
 from dataclasses import replace
