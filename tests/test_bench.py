@@ -1,6 +1,5 @@
 """`balora bench`: every operation on tiny shapes, the gate, sweeps and their pictures, arguments that do not fit."""
 
-import builtins
 import csv
 import dataclasses
 import sys
@@ -227,19 +226,6 @@ def test_without_matplotlib_there_are_tables_but_no_sweep_to_a_folder(monkeypatc
     arguments.insert(3, "8,20")
     assert cli.main([*arguments, "--sweep", "N", "--out", str(tmp_path)]) == 2
     assert "--out: the plots need matplotlib, which is not installed" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("missing", "hint"), [("balora_bench", True), ("balora_bench.cli", False), ("torch", False)])
-def test_the_hint_is_for_the_missing_source_alone(missing, hint, monkeypatch, capsys):
-    def fail(name, *arguments):
-        if name.startswith("balora_bench"):
-            raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
-        return real(name, *arguments)
-
-    real = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", fail)
-    assert main(["bench", "--list"]) == 2
-    assert ("(the source is in benchmarks/)" in capsys.readouterr().err) == hint
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The command line: flags, recipes, and errors before anything starts."""
 
+import builtins
 import json
 import shutil
 import sys
@@ -342,3 +343,23 @@ def test_a_rank_is_a_number_or_a_fraction(inputs, tmp_path, text, rank):
     asked, parsed = cli._train_arguments(train, flags(options(inputs, tmp_path / "a", svd_rank=text)))
     assert parsed[1].svd_rank == asked["svd_rank"] == rank
     assert type(parsed[1].svd_rank) is type(rank)
+
+
+def test_bench_lists_what_there_is(capsys):
+    assert cli.main(["bench", "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert "linear_objective" in listed
+    assert "randomized_svd" in listed
+
+
+@pytest.mark.parametrize(("missing", "hint"), [("balora_bench", True), ("balora_bench.cli", False), ("torch", False)])
+def test_the_hint_is_for_the_missing_source_alone(missing, hint, monkeypatch, capsys):
+    def fail(name, *arguments):
+        if name.startswith("balora_bench"):
+            raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+        return real(name, *arguments)
+
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", fail)
+    assert cli.main(["bench", "--list"]) == 2
+    assert ("(the source is in benchmarks/)" in capsys.readouterr().err) == hint
