@@ -33,7 +33,7 @@ def save(figure: Any, path: Path) -> None:
 
 
 def parts(found: list[dict[str, Any]], path: Path) -> None:
-    """One stacked bar a case, in milliseconds under the profiler, parts below 1.5 % together; the floor as a line."""
+    """One stacked bar a case, in milliseconds under the profiler, parts below 3 % together; the floor as a line."""
     with plt.rc_context(STYLE):
         height = 1.15 * len(found) + 0.9
         figure, axes = plt.subplots(len(found), 1, figsize=(9, height), squeeze=False, layout="constrained")
@@ -62,7 +62,7 @@ def _bar(axis: Any, row: dict[str, Any], looks: dict[str, dict[str, str]], names
     labels: list[tuple[float, str]] = []
     for name in names:
         ms = row["parts"].get(name, 0.0)
-        if ms < 0.015 * total:
+        if ms < 0.03 * total:
             small += ms
             continue
         axis.barh(0, ms, left=start, height=0.5, edgecolor="white", linewidth=0.8, **looks[name])
