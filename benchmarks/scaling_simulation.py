@@ -1,8 +1,8 @@
 """A training step without memory or a device: real transformers, peft, accelerate and balora code on fake tensors.
 
 Every operation makes tensors that know shape and type and have no numbers; ``scaling_ledger`` adds up the bytes of
-those that are alive. What is not simulated: the allocator's rounding and fragmentation, the
-libraries' workspaces, a communicator's buffers.
+those that are alive. What is not simulated: the allocator's rounding and fragmentation, the libraries' workspaces, a
+communicator's buffers.
 
     python benchmarks/scaling_simulation.py                  # all settings to results/scaling-simulated.csv, 10 minutes
     python benchmarks/scaling_simulation.py --only balora    # the rows of one method; the others stay as they are

@@ -23,6 +23,7 @@ TINY = {
     "vocab_size": 300,
     "max_position_embeddings": 64,
 }
+SPEC = dict(model="m", data="", dtype="float32", batch=1, length=8, r=4, checkpointing=False, warm_up=0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a CPU is read from /proc")
@@ -102,8 +103,7 @@ def test_without_the_published_method_the_table_says_what_the_gate_was():
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_no_method_has_figures_with_a_loss_that_is_not_finite(loss):
-    spec = dict(model="m", data="", dtype="float32", batch=1, length=8, r=4, checkpointing=False, warm_up=0)
-    (found,) = [training_cost.summary(spec, "lora", [{"loss": 2.0}, {"loss": loss}], None, 1.0)]
+    (found,) = [training_cost.summary(SPEC, "lora", [{"loss": 2.0}, {"loss": loss}], None, 1.0)]
     assert "seconds" not in found
     assert "step 2" in found["note"]
 
@@ -174,17 +174,7 @@ def test_the_published_loss_is_the_reference_objective():
 
 def test_a_method_that_fails_is_named_with_the_reason(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    spec = dict(
-        model=str(tmp_path),
-        batch=1,
-        length=8,
-        r=10_000,
-        data="",
-        dtype="float32",
-        steps=1,
-        warm_up=0,
-        checkpointing=False,
-    )
+    spec = SPEC | dict(model=str(tmp_path), r=10_000, steps=1)
     (found,) = training_cost.measure(spec, ["balora"], None, 1e12)
     assert "r: expected" in found["note"]
     assert "seconds" not in found
