@@ -27,6 +27,15 @@ def wanted(value):
     return choices[value]
 
 
+def toolkit(home):
+    """The CUDA toolkit's folder. torch takes the one above the nvcc on the PATH, which may be a script that calls another:
+    where there are no headers, nvcc itself is asked."""
+    if not home or Path(home, "include", "cuda_runtime.h").is_file():
+        return home
+    found = re.search(r"^#\$ TOP=(.+)$", _output(Path(home, "bin", "nvcc"), "--dryrun", "-c", "x.cu"), re.MULTILINE)
+    return os.path.realpath(found[1].strip()) if found else home
+
+
 def no_cuda(torch, home):
     """Why the CUDA kernels cannot be built for that torch, with the CUDA toolkit at ``home``; None if they can."""
     if torch.version.hip:
@@ -53,7 +62,7 @@ def architectures(nvcc):
 
 def _output(*command):
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
     except OSError:
         return ""
 
@@ -87,7 +96,7 @@ def extension():
             raise SystemExit(f"{_VARIABLE}=1: {reason}") from error
         print(f"balora: without its compiled extension: {reason}")
         return {}
-    home = cpp_extension.CUDA_HOME
+    home = cpp_extension.CUDA_HOME = toolkit(cpp_extension.CUDA_HOME)
     reason = f"{_VARIABLE} was 0" if cuda is False else no_cuda(torch, home)
     if cuda and reason:
         raise SystemExit(f"{_VARIABLE}=1: {reason}")

@@ -318,6 +318,20 @@ def test_why_the_kernels_are_not_built(build, toolkit):
     assert "knows none of the architectures 8.0" in build.no_cuda(fake_torch(cuda="13.0"), str(toolkit))
 
 
+def test_a_toolkit_behind_a_script(build, toolkit, tmp_path):
+    """An nvcc on the PATH that calls the toolkit's own, as some images have it: the headers are not beside it."""
+    nvcc = toolkit / "bin" / "nvcc"
+    assert build.toolkit(str(toolkit)) == str(toolkit)  # nothing better is known
+    assert build.toolkit(None) is None
+    real = tmp_path / "cuda-13.0"
+    nvcc.write_text(f"#!/bin/sh\nprintf '#$ _THERE_={real}/bin\\n#$ TOP={real}/bin/..\\n' >&2\n")
+    (real / "bin").mkdir(parents=True)
+    assert build.toolkit(str(toolkit)) == str(real)
+    (toolkit / "include").mkdir()
+    (toolkit / "include" / "cuda_runtime.h").touch()
+    assert build.toolkit(str(toolkit)) == str(toolkit)
+
+
 def test_without_torch_it_is_pure_python(build, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert build.extension() == {}
