@@ -28,8 +28,8 @@ def wanted(value):
 
 
 def toolkit(home):
-    """The CUDA toolkit's folder. torch takes the one above the nvcc on the PATH, which may be a script that calls another:
-    where there are no headers, nvcc itself is asked."""
+    """The CUDA toolkit's folder. torch takes the one above the nvcc on the PATH, which may be a script that calls
+    another: where there are no headers, nvcc itself is asked."""
     if not home or Path(home, "include", "cuda_runtime.h").is_file():
         return home
     found = re.search(r"^#\$ TOP=(.+)$", _output(Path(home, "bin", "nvcc"), "--dryrun", "-c", "x.cu"), re.MULTILINE)

@@ -71,17 +71,18 @@ class _OffsetPath(torch.autograd.Function):
         result = F.linear(seen, b.to(dtype)).sub_(F.linear(F.linear(rounded, a0.to(dtype)), b0.to(dtype)))
         ctx.save_for_backward(rounded if dtype.itemsize < x.dtype.itemsize else x, seen, a, b, a0, b0)
         ctx.scaling, ctx.dtype, ctx.input_dtype = scaling, dtype, x.dtype
-        return result.mul_(scaling)
+        return result if scaling == 1 else result.mul_(scaling)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, seen, a, b, a0, b0 = ctx.saved_tensors
         dtype, (need_x, need_a, need_b) = ctx.dtype, ctx.needs_input_grad[:3]
-        grad = grad.to(dtype) * ctx.scaling
+        grad = grad.to(dtype)
         by_x = by_a = by_b = None
-        # One product for both paths: what they have in common cancels before it is rounded.
-        down = grad @ torch.cat([b.to(dtype), b0.to(dtype)], 1)  # [..., 2r]
+        # One product for both paths: what they have in common cancels before it is rounded. The scaling goes to the
+        # small results: a scaled gradient would be a tensor [..., out] more.
+        down = (grad @ torch.cat([b.to(dtype), b0.to(dtype)], 1)).mul_(ctx.scaling)  # [..., 2r]
         r = a.shape[0]
         if need_x:
             both = torch.cat([a.to(dtype), -a0.to(dtype)])  # [2r, in]
@@ -89,7 +90,7 @@ class _OffsetPath(torch.autograd.Function):
         if need_a:
             by_a = (_rows(down[..., :r]).T @ _rows(x.to(dtype))).to(a.dtype)
         if need_b:
-            by_b = (_rows(grad).T @ _rows(seen)).to(b.dtype)
+            by_b = (_rows(grad).T @ _rows(seen)).mul_(ctx.scaling).to(b.dtype)
         return by_x, by_a, by_b, None, None, None, None
 
 
@@ -214,6 +215,16 @@ def frozen(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """A₀ [r, in] and B₀ [out, r] as they are stored."""
     a0, b0 = (getattr(getattr(module, name), adapter) for name in FROZEN[str(form_of(module))])
     return a0, b0
+
+
+@torch.no_grad()
+def share_frozen(model: nn.Module) -> None:
+    """Give every process the A₀ and B₀ of the first one: the decomposition by another device has other bits, and no
+    engine keeps buffers alike (DDP can, by sending all of them before every forward)."""
+    for module in model.modules():
+        if form_of(module) is not None:
+            for tensor in frozen(module, ADAPTER):  # type: ignore[arg-type]
+                torch.distributed.broadcast(tensor, 0)
 
 
 def initial_scaling(module: LoraLayer, adapter: str) -> float:

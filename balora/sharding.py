@@ -50,6 +50,15 @@ def check_weights_whole(model: nn.Module) -> None:
         )
 
 
+def check_engine(model: nn.Module) -> None:
+    """Raise where the weights are those of FSDP version 1, which Accelerate takes unless it is told otherwise."""
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise ValueError(
+            "fsdp_version: expected 2, found 1, which flattens the weights of a layer into one tensor; an attached "
+            "model cannot read them there (examples/accelerate/fsdp2.yaml has what version 2 needs)"
+        )
+
+
 def whole(parameters: Iterable[Tensor]) -> AbstractContextManager:
     """Within the block the ZeRO-3 parameters among these are whole, for reading, on every process."""
     parameters = [p for p in parameters if partitioned(p)]

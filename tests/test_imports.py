@@ -183,7 +183,7 @@ MAY_IMPORT = {
         "balora.probe",
         "balora.sharding",
     },
-    "trainer": {"torch", "transformers", "balora.functional", "balora.modeling"},
+    "trainer": {"torch", "transformers", "balora.adapters", "balora.functional", "balora.modeling", "balora.sharding"},
     "train": {
         "balora.export",
         "torch",

@@ -15,11 +15,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, default_data_collator
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, TrainingArguments, default_data_collator
 
 import balora
 from balora import BALoraConfig, cli
-from balora.trainer import BALoraTrainer
+from balora.trainer import BALoraCallback, BALoraTrainer
 
 from .conftest import tiny_checkpoint, tiny_llama
 
@@ -187,6 +188,18 @@ def test_two_processes_log_what_one_does(runs, how):
         one, two = (load_file(runs / n / how / "adapters") for n in "12")
         for name in one:
             torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_fsdp_version_1_is_refused():
+    """Accelerate's default: it would flatten the weights that an attached model reads."""
+    model = balora.attach(balora.get_pissa_model(tiny_llama(), r=4), CONFIG)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+        with pytest.raises(ValueError, match="^fsdp_version: expected 2, found 1, which flattens"):
+            BALoraCallback().on_train_begin(None, TrainerState(), None, model=wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_evaluation_metrics_early_stopping_and_the_best_model(tmp_path):

@@ -4,6 +4,7 @@ Each HOW is a run that goes to OUT/HOW: its tokens are averaged over the process
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +24,10 @@ from tests.test_trainer import examples
 def main(out: Path, batch: int, average: bool) -> None:
     torch.set_num_threads(1)
     model = balora.get_pissa_model(tiny_llama(), r=4)
+    if int(os.environ["RANK"]) > 0:  # as if another device had decomposed the weights
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "lora_" in name:
+                tensor.data.add_(0.01 * torch.randn_like(tensor))
     constant = dict(consistency_schedule="constant", focus_schedule="constant")
     config = BALoraConfig(lambda_consistency=0.5, lambda_diversity=0.3, lambda_svd=0.0, **constant)
     balora.attach(model, config)
@@ -42,6 +47,7 @@ def main(out: Path, batch: int, average: bool) -> None:
     )
     trainer = BALoraTrainer(model, arguments, train_dataset=examples(32))
     trainer.train()
+    assert not getattr(trainer.model_wrapped, "broadcast_buffers", False)  # DDP's, before every forward
     if trainer.is_world_process_zero():
         (out / "log.json").write_text(json.dumps(trainer.state.log_history))
         save_file({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}, out / "adapters")
