@@ -223,7 +223,7 @@ def share_frozen(model: nn.Module) -> None:
     engine keeps buffers alike (DDP can, by sending all of them before every forward)."""
     for module in model.modules():
         if form_of(module) is not None:
-            for tensor in frozen(module, ADAPTER):  # type: ignore[arg-type]
+            for tensor in frozen(module, ADAPTER):
                 torch.distributed.broadcast(tensor, 0)
 
 
