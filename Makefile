@@ -4,8 +4,10 @@
 # make evidence  docs/evidence.md again: `balora compare` on small models and real data (SHARED=folder of data and models; about an hour)
 # make lint   ruff and mypy
 # make gpu    builds the extension, runs the GPU tests, then the benchmarks to benchmarks/results/; nothing to download.
-#             Its parts: gpu-build, gpu-tests, gpu-bench, gpu-sweep, gpu-cost (COST=models, CHECKPOINTING=off, on or both),
-#             gpu-profiles (with Nsight Compute, ncu, on the PATH also counters of each of balora's kernels)
+#             make -k gpu goes on after a part that failed. The parts: gpu-build; gpu-tests (PYTEST_ADDOPTS="-n 8": several
+#             at once); gpu-cost (COST=models, CHECKPOINTING=off, on or both, METHODS=…); gpu-bench, gpu-sweep (IMPL=…);
+#             gpu-profiles (with Nsight Compute, ncu, on the PATH also counters of each of balora's kernels).
+#             RESULTS=folder and PICTURES=folder: where they write. benchmarks/README.md has an order for a short time.
 # make gpu-sanitize  a few GPU tests under compute-sanitizer (memcheck, racecheck; the extension's also initcheck, synccheck)
 
 PYTHON ?= python3
@@ -48,37 +50,42 @@ evidence: $(VENV)/.dev
 	  HF_HUB_OFFLINE=1 $(BIN)/balora compare benchmarks/evidence/$$name.yaml --output_dir $(EVIDENCE)/$$name || exit 1; \
 	done
 
-GPU := HF_HUB_OFFLINE=1 PYTHONPATH=.:kernels:benchmarks $(PYTHON)
+GPU := HF_HUB_OFFLINE=1 PYTHONPATH=.:kernels:benchmarks$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON)
 RESULTS ?= benchmarks/results
-COST ?= llama-2-7b llama-3-8b gemma-2-2b
+PICTURES ?= docs/profiles
+COST ?= llama-3-8b llama-2-7b gemma-2-2b
 CHECKPOINTING ?= off on
+METHODS ?= full lora pissa published balora
+IMPL ?=
 
-gpu: gpu-build gpu-tests gpu-bench gpu-sweep gpu-cost gpu-profiles
+gpu: gpu-build gpu-tests gpu-cost gpu-bench gpu-sweep gpu-profiles
 
 gpu-build:
 	BALORA_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 
 gpu-tests:
+	mkdir -p $(RESULTS)
 	$(GPU) -m pytest -q tests/gpu tests/test_fused.py tests/test_fused_svd.py tests/test_kernels.py -k "not compiles_without_a_spill"
 	$(GPU) -m pytest -q tests/gpu/test_kernels.py -k two_percent -rP | grep "^KL" > $(RESULTS)/kl-accuracy-gpu.txt
 
 gpu-bench:
-	$(GPU) -m balora.cli bench --sweep none --out $(RESULTS)/gpu
+	$(GPU) -m balora.cli bench --sweep none --out $(RESULTS)/gpu $(if $(IMPL),--impl $(IMPL))
 
 gpu-sweep:
-	$(GPU) -m balora.cli bench --sweep N V --out $(RESULTS)/gpu
+	$(GPU) -m balora.cli bench linear_objective --sweep N V --out $(RESULTS)/gpu $(if $(IMPL),--impl $(IMPL))
 
 gpu-cost:
-	for model in $(COST); do \
-	  $(GPU) -m balora.cli bench training_cost $$model --checkpointing $(CHECKPOINTING) --out $(RESULTS)/gpu/training-cost-$$model || exit 1; \
-	done
+	failed=0; for model in $(COST); do \
+	  $(GPU) -m balora.cli bench training_cost $$model --checkpointing $(CHECKPOINTING) --methods $(METHODS) \
+	    --out $(RESULTS)/gpu/training-cost-$$model || failed=1; \
+	done; exit $$failed
 
-NCU := ncu --set full --metrics sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active \
+NCU := ncu --set full --clock-control none --metrics sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active \
   --profile-from-start off --csv --page raw --log-file runs/ncu.csv
 
 gpu-profiles:
-	mkdir -p runs
-	$(GPU) benchmarks/profiles.py --out docs/profiles
+	mkdir -p runs $(RESULTS)
+	$(GPU) benchmarks/profiles.py --out $(PICTURES) --results $(RESULTS)
 	if command -v ncu > /dev/null; then \
 	  kernels=$$($(GPU) benchmarks/ncu_table.py --kernels) || exit 1; \
 	  $(GPU:$(PYTHON)=$(NCU) -k "regex:$$kernels" $(PYTHON)) benchmarks/profiles.py --once && \

@@ -64,6 +64,11 @@ def why_not(impl: str, device: torch.device | None = None) -> list[str]:
     return reasons
 
 
+# torch.compile takes the answer for a constant: it cannot trace how packages are found. The decorator for this,
+# torch.compiler.assume_constant_result, would import triton along with balora.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _torch_without_cuda() -> str:
     return f"torch {torch.__version__} is built without CUDA"
 

@@ -361,10 +361,10 @@ class Run:
             if grad is not None:
                 grad *= self.scale
         r = 0 if self.linear.a is None else len(self.linear.a)
-        bias = e[:, -1] if e is not None and self.need[2] else None
-        return Gradients(
-            hidden, self.grad_weight, bias, self.grad_a, e[:, :r] if e is not None and self.need[4] else None
-        )
+        # Copies, where both are trained: results of an operator must not share memory.
+        bias = e[:, -1].contiguous() if e is not None and self.need[2] else None
+        b = e[:, :r].contiguous() if e is not None and self.need[4] else None
+        return Gradients(hidden, self.grad_weight, bias, self.grad_a, b)
 
 
 def _capped(linear: Linear, cap: float | None, h: Tensor, x: Tensor | None, at: slice) -> Tensor:

@@ -223,17 +223,17 @@ def stepper(model: Any, ids: Tensor) -> Callable[[], None]:
     forward = decoder.forward
 
     def named(*args: Any, **kwargs: Any) -> Any:
-        with part("student's forward" if torch.is_grad_enabled() else "teacher's forward"):
+        with phase("student's forward" if torch.is_grad_enabled() else "teacher's forward"):
             return forward(*args, **kwargs)
 
     decoder.forward = named
 
     def step() -> None:
-        with part("loss"):
+        with phase("loss"):
             loss = model(input_ids=ids, labels=ids).loss
-        with part("backward"):
+        with phase("backward"):
             loss.backward()
-        with part("optimizer"):
+        with phase("optimizer"):
             optimizer.step()
             optimizer.zero_grad()
 
@@ -245,6 +245,14 @@ def stepper(model: Any, ids: Tensor) -> Callable[[], None]:
 
 def part(name: str) -> Any:
     return record_function(PREFIX + name)
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """A part with all that it has launched: on a GPU the host waits for the end of it."""
+    with part(name):
+        yield
+        harness.synchronize()
 
 
 @contextlib.contextmanager

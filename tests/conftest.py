@@ -34,7 +34,8 @@ def nothing_left_behind():
     before = dict(os.environ)
     yield
     kinds = "BALORA_", "TRITON_", "HF_", "WORLD_SIZE", "RANK", "LOCAL_RANK"
-    names = [n for n in {*before, *os.environ} if n.startswith(kinds) and before.get(n) != os.environ.get(n)]
+    changed = {n for n in {*before, *os.environ} if n.startswith(kinds) and before.get(n) != os.environ.get(n)}
+    names = changed - {"TRITON_CACHE_DIR", "TRITON_PTXAS_PATH"}  # torch.compile sets them for all that follows
     for name in names:
         os.environ.pop(name, None)
         os.environ.update({name: before[name]} if name in before else {})

@@ -54,8 +54,10 @@ def test_elementary_functions_keep_their_relative_accuracy(name):
     found = torch.empty_like(x)
     _elementary[(1,)](x, found, len(x), WHICH=name, BLOCK=1024)
     error = ((found.double() - exact) / exact.abs().clamp_min(1e-37)).abs()
-    allowed = {"growth": 4e-6, "log1p": 4e-7, "tanh": 5e-7, "times_less": 1e-7}[name]
-    assert error.max() < allowed
+    allowed = {"growth": 4e-6, "log1p": 4e-7, "tanh": 5e-7, "times_less": 1e-7}
+    if DEVICE == "cuda":  # whose exp2 may be off by 2 units in the last place, not by half of one
+        allowed |= {"growth": 8e-6, "tanh": 4e-6}
+    assert error.max() < allowed[name]
 
 
 def reference_top_k(z, k):
@@ -109,10 +111,11 @@ def test_how_a_row_is_cut_does_not_matter(monkeypatch, temperature):
     ce = torch.nn.functional.cross_entropy(z.double(), labels, reduction="none")
     gradient = z.double().softmax(-1) - torch.nn.functional.one_hot(labels, 1000)
     gradient = gradient + 1.7 * (log_s.exp() - log_p.exp())
+    near, close = (1e-6, 1e-4) if DEVICE == "cuda" else (1e-7, 3e-5)  # for its exp2
     for tile in (64, 256, 1024):
         terms, out = evaluate(tile)
-        torch.testing.assert_close(terms[0].double(), ce, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(terms[1].double(), kl, rtol=3e-5, atol=0)
+        torch.testing.assert_close(terms[0].double(), ce, rtol=1e-6, atol=near)
+        torch.testing.assert_close(terms[1].double(), kl, rtol=close, atol=0)
         torch.testing.assert_close(out.double(), gradient, rtol=1e-4, atol=3e-6)
 
 

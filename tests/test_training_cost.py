@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from balora_bench import cli, training_cost, training_methods
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from balora import reference
 
@@ -88,9 +89,39 @@ def test_no_figure_for_a_loss_without_its_terms():
     assert "loss " in ours["note"]
 
 
+@pytest.mark.parametrize("name", TERMS)
+def test_no_figure_for_a_term_that_leaves_the_reference_on_the_same_weights(name):
+    """However near the published method's it is: a small KL of 0 would be."""
+    tiny = {"consistency": 1e-4}
+    terms = [TERMS | tiny, TERMS | tiny]
+    losses = [training_methods.weighted(t) for t in terms]
+    for factor, shown in ((1.005, True), (0.0, False)):
+        at_the_end = [TERMS | tiny | {name: (TERMS | tiny)[name] * factor}, TERMS | tiny]
+        *_, ours = training_cost.gated(
+            [row("published", terms=terms), row("balora", terms=terms, losses=losses, reference=at_the_end)]
+        )
+        assert ("seconds" in ours) == shown
+        assert (f"{name} 100.0% from balora.reference's" in ours["note"]) != shown
+
+
+def test_on_a_gpu_what_has_run_is_written_before_the_next_method(tmp_path, monkeypatch):
+    """PiSSA and balora first: the lease may end."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    monkeypatch.setattr(training_cost.harness, "DEVICE", "cuda")
+    seen = []
+    spec = SPEC | dict(model=str(tmp_path), r=10_000, steps=1)
+    training_cost.measure(spec, ["lora", "pissa", "balora"], None, 1e12, lambda rows: seen.append(rows))
+    assert [[row["method"] for row in rows] for rows in seen] == [
+        ["pissa"],
+        ["pissa", "balora"],
+        ["lora", "pissa", "balora"],
+    ]
+
+
 def test_terms_that_follow_have_figures_and_ratios():
     near = {"ce": 2.01, "consistency": 0.105, "diversity": -1.98, "svd": -1.54}
-    *_, ours = training_cost.gated([row("pissa"), row("published"), row("balora", near, seconds=1.5, peak_GB=0.5)])
+    more = dict(seconds=1.5, peak_GB=0.5, reference=[TERMS, TERMS])
+    *_, ours = training_cost.gated([row("pissa"), row("published"), row("balora", near, **more)])
     assert (ours["x_seconds"], ours["x_peak"]) == (1.5, 0.5)
     assert ours["note"] == ""
 
@@ -125,6 +156,22 @@ def test_products_with_a_wider_result_are_counted():
     training_methods.counted(step, operations)(torch.empty(3, 4, 6, device="meta"))
     assert operations == [2 * 4 * 5 * 6 * (1 + 1 + 3)]
     assert training_methods.added_product((4, 6), (4, 5), (5, 6), torch.float32) == 2 * 4 * 5 * 6
+
+
+def test_attention_with_fewer_heads_of_keys_is_counted():
+    """As CUDA's kernels get it; torch's own formula wants as many."""
+    q, k, v = (torch.empty(2, heads, 5, 8) for heads in (6, 3, 3))
+    assert training_methods.attention(q.shape, k.shape, v.shape, 0.0, True) == 2 * (2 * 6 * 5 * 5 * 8) * 2
+    assert training_methods.attention_backward(q.shape, q.shape, k.shape, v.shape) == 5 * (2 * 6 * 5 * 5 * 8) * 2
+
+    def step():
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q, k, v = (t.to("meta") for t in (q, k, v))
+        operations = []
+        training_methods.counted(step, operations)()
+    assert operations == [2 * (2 * 6 * 5 * 5 * 8) * 2]
 
 
 def test_a_count_that_fails_leaves_the_step(monkeypatch):

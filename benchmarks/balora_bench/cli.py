@@ -16,7 +16,7 @@ from .measure import FAILED, OUTSIDE, Row, measure
 from .operation import Operation, Shape
 from .operations import OPERATIONS
 
-_SLOW = 5.0 if harness.ON_GPU else 10.0  # seconds of a run, beyond which it is not timed
+_SLOW = 3.0 if harness.ON_GPU else 10.0  # seconds of a run, beyond which it is not timed
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 

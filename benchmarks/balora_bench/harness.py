@@ -62,11 +62,16 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int, warm_up: int
         for _ in range(warm_up):
             run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds):
-        progress(f"round {i + 1} of {rounds}")
-        for name, run in runs.items():
-            gc.collect()
-            seconds[name].append(seconds_of(run))
+    gc.collect()
+    gc.freeze()  # else to collect before every run takes longer than many a run, once torch.compile has been at work
+    try:
+        for i in range(rounds):
+            progress(f"round {i + 1} of {rounds}")
+            for name, run in runs.items():
+                gc.collect()
+                seconds[name].append(seconds_of(run))
+    finally:
+        gc.unfreeze()
     progress("")
     return seconds
 

@@ -117,15 +117,21 @@ def _admitted(
         raise _refused(broken) from broken
     _hold(errors, "")
     # A small run's fixed costs do not grow with the rows: only what is far beyond the limit is refused without a run.
-    if small > slow or small / case.share > 50 * slow:
+    # On a GPU, where no other process can end a run, they are milliseconds.
+    far = 2 if harness.ON_GPU and small > 0.1 else 50
+    if small > slow or small / case.share > far * slow:
         raise Refused(STOPPED, f"too slow: about {small / case.share:.0f} s a run, {slow:g} s at most")
     peak = None if harness.ON_GPU else _in_fresh_process(operation.name, shape, dtype, terms, implementation.name, slow)
     try:
         seconds, results = _one_run(case, function)
+        if seconds > slow + 60:  # more than a compiler takes
+            raise Refused(STOPPED, f"too slow: {seconds:.0f} s a run, {slow:g} s at most")
         if harness.ON_GPU:
             peak = harness.peak_memory(case.run(function)) - case.returned
         if seconds > slow:  # the first may have compiled
             seconds = harness.seconds_of(case.run(function))
+    except Refused:
+        raise
     except Exception as broken:
         raise _refused(broken) from broken
     finally:

@@ -90,8 +90,10 @@ class PissaSetup(Case):
     @cached_property
     def _least(self) -> list[float]:
         """‖W − W_r‖ / ‖W‖ of the best matrices of that rank."""
-        sigma = [torch.linalg.svdvals(w.double()) for w in self._checked]
-        return [(s[self._rank :].norm() / s.norm()).item() for s in sigma]
+        # σ² are the eigenvalues of the smaller Gram matrix; what is beyond the rank holds most of ‖W‖.
+        wide = [w.double() if len(w) <= w.shape[1] else w.double().T for w in self._checked]
+        squares = [torch.linalg.eigvalsh(w @ w.T).flip(0) for w in wide]
+        return [(s[self._rank :].sum() / s.sum()).sqrt().item() for s in squares]
 
     @cached_property
     def _allowed(self) -> float:

@@ -240,6 +240,9 @@ def counted(step: Callable[..., Any], operations: list[int]) -> Callable[..., An
 
     def run(*args: Any, **kwargs: Any) -> Any:
         formulas = {aten.mm: product, aten.bmm: product, aten.addmm: added_product}
+        for kind in ("flash", "efficient", "cudnn"):
+            formulas[getattr(aten, f"_scaled_dot_product_{kind}_attention")] = attention
+            formulas[getattr(aten, f"_scaled_dot_product_{kind}_attention_backward")] = attention_backward
         try:
             with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
                 result = step(*args, **kwargs)
@@ -256,6 +259,17 @@ def product(a: Size, b: Size, *args: Any, **kwargs: Any) -> int:
     """Operations of [..., m, k] times [..., k, n]. torch's own formula takes a type of the result, as ``mm.dtype_out``
     and its like have it, for a shape."""
     return 2 * math.prod(a) * b[-1]
+
+
+def attention(q: Size, k: Size, v: Size, *args: Any, **kwargs: Any) -> int:
+    """Operations of the two products of q [B, heads, S, d]. torch's own formula wants as many heads of k and v, of
+    which grouped-query attention has fewer."""
+    return 2 * math.prod(q[:3]) * k[2] * (q[3] + v[3])
+
+
+def attention_backward(grad: Size, q: Size, k: Size, v: Size, *args: Any, **kwargs: Any) -> int:
+    """Five products: the scores anew, and the gradients by them, q, k and v."""
+    return 2 * math.prod(q[:3]) * k[2] * (3 * q[3] + 2 * v[3])
 
 
 def added_product(total: Size, a: Size, b: Size, *args: Any, **kwargs: Any) -> int:

@@ -185,16 +185,17 @@ def test_losses_on_logits_never_wait_for_the_device():
     assert loss.isfinite()
 
 
+@pytest.mark.parametrize("config", [TOKEN_TERMS, ALL_TERMS], ids=["without SVD", "all"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_torch_compile(mode):
+def test_torch_compile(mode, config):
     hidden, teacher, weight, labels = (x.cuda() for x in problem(50, 64, 3001, dtype=torch.float32, ignored=9))
     head = LinearHead(weight)
     compiled = torch.compile(
-        lambda h: F.linear_objective(h, teacher, head, labels, TOKEN_TERMS, impl="triton").loss,
+        lambda h: F.linear_objective(h, teacher, head, labels, config, impl="triton").loss,
         fullgraph=True,
         mode=mode,
     )
-    expected, expected_grad = evaluate(hidden, teacher, weight, labels, TOKEN_TERMS)
+    expected, expected_grad = evaluate(hidden, teacher, weight, labels, config)
     for _ in range(3):
         h = hidden.clone().requires_grad_()
         loss = compiled(h)
