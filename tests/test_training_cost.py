@@ -147,14 +147,16 @@ def test_a_table_without_figures_has_no_picture(tmp_path):
 def test_products_with_a_wider_result_are_counted():
     a, b = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((3, 4, 5), (3, 5, 6)))
     aten, operations = torch.ops.aten, []
+    takes_addmm = not torch.__version__.startswith(("2.10", "2.11", "2.12"))  # without numbers; on a device they do
 
     def step(out):
-        aten.addmm.dtype_out(out[0], a[0], b[0], torch.float32, out=out[0])
+        if takes_addmm:
+            aten.addmm.dtype_out(out[0], a[0], b[0], torch.float32, out=out[0])
         aten.mm.dtype_out(a[0], b[0], torch.float32, out=out[0])
         return aten.bmm.dtype_out(a, b, torch.float32, out=out)
 
     training_methods.counted(step, operations)(torch.empty(3, 4, 6, device="meta"))
-    assert operations == [2 * 4 * 5 * 6 * (1 + 1 + 3)]
+    assert operations == [2 * 4 * 5 * 6 * (takes_addmm + 1 + 3)]
     assert training_methods.added_product((4, 6), (4, 5), (5, 6), torch.float32) == 2 * 4 * 5 * 6
 
 
