@@ -65,8 +65,8 @@ gpu-build:
 
 gpu-tests:
 	mkdir -p $(RESULTS)
+	$(GPU) -m pytest -q tests/gpu/test_kernels.py -k two_percent -rP | grep "^KL" > $(RESULTS)/kl-accuracy-gpu.txt || true
 	$(GPU) -m pytest -q tests/gpu tests/test_fused.py tests/test_fused_svd.py tests/test_kernels.py -k "not compiles_without_a_spill"
-	$(GPU) -m pytest -q tests/gpu/test_kernels.py -k two_percent -rP | grep "^KL" > $(RESULTS)/kl-accuracy-gpu.txt
 
 gpu-bench:
 	$(GPU) -m balora.cli bench --sweep none --out $(RESULTS)/gpu $(if $(IMPL),--impl $(IMPL))
