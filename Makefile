@@ -65,7 +65,8 @@ gpu-build:
 
 gpu-tests:
 	mkdir -p $(RESULTS)
-	$(GPU) -m pytest -q tests/gpu/test_kernels.py -k two_percent -rP | grep "^KL" > $(RESULTS)/kl-accuracy-gpu.txt || true
+	$(GPU) -m pytest -q tests/gpu/test_kernels.py -k two_percent -rP > $(RESULTS)/kl.txt; \
+	  grep "^KL" $(RESULTS)/kl.txt > $(RESULTS)/kl-accuracy-gpu.txt && rm $(RESULTS)/kl.txt || cat $(RESULTS)/kl.txt
 	$(GPU) -m pytest -q tests/gpu tests/test_fused.py tests/test_fused_svd.py tests/test_kernels.py -k "not compiles_without_a_spill"
 
 gpu-bench:
@@ -75,10 +76,10 @@ gpu-sweep:
 	$(GPU) -m balora.cli bench linear_objective --sweep N V --out $(RESULTS)/gpu $(if $(IMPL),--impl $(IMPL))
 
 gpu-cost:
-	failed=0; for model in $(COST); do \
-	  $(GPU) -m balora.cli bench training_cost $$model --checkpointing $(CHECKPOINTING) --methods $(METHODS) \
-	    --out $(RESULTS)/gpu/training-cost-$$model || failed=1; \
-	done; exit $$failed
+	failed=0; for model in $(COST); do for checkpointing in $(CHECKPOINTING); do \
+	  $(GPU) -m balora.cli bench training_cost $$model --checkpointing $$checkpointing --methods $(METHODS) \
+	    --out $(RESULTS)/gpu/training-cost-$$model-checkpointing-$$checkpointing || failed=1; \
+	done; done; exit $$failed
 
 NCU := ncu --set full --clock-control none --metrics sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active \
   --profile-from-start off --csv --page raw --log-file runs/ncu.csv

@@ -81,8 +81,8 @@ class _OffsetPath(torch.autograd.Function):
         grad = grad.to(dtype)
         by_x = by_a = by_b = None
         # One product for both paths: what they have in common cancels before it is rounded. The scaling goes to the
-        # small results: a scaled gradient would be a tensor [..., out] more.
-        down = (grad @ torch.cat([b.to(dtype), b0.to(dtype)], 1)).mul_(ctx.scaling)  # [..., 2r]
+        # small factors: a scaled gradient would be a tensor [..., out] more.
+        down = grad @ torch.cat([b.to(dtype), b0.to(dtype)], 1).mul_(ctx.scaling)  # [..., 2r]
         r = a.shape[0]
         if need_x:
             both = torch.cat([a.to(dtype), -a0.to(dtype)])  # [2r, in]
@@ -90,7 +90,7 @@ class _OffsetPath(torch.autograd.Function):
         if need_a:
             by_a = (_rows(down[..., :r]).T @ _rows(x.to(dtype))).to(a.dtype)
         if need_b:
-            by_b = (_rows(grad).T @ _rows(seen)).mul_(ctx.scaling).to(b.dtype)
+            by_b = (_rows(grad).T @ (_rows(seen) * ctx.scaling)).to(b.dtype)
         return by_x, by_a, by_b, None, None, None, None
 
 
@@ -218,13 +218,25 @@ def frozen(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def share_frozen(model: nn.Module) -> None:
-    """Give every process the A₀ and B₀ of the first one: the decomposition by another device has other bits, and no
-    engine keeps buffers alike (DDP can, by sending all of them before every forward)."""
-    for module in model.modules():
-        if form_of(module) is not None:
-            for tensor in frozen(module, ADAPTER):
-                torch.distributed.broadcast(tensor, 0)
+def check_alike(model: nn.Module) -> None:
+    """Raise where the processes have other A₀ and B₀. All of them have to ask.
+
+    DDP makes parameters and buffers alike when it wraps a model; FSDP and ZeRO leave each process its own buffers, and
+    FSDP its own slices of A and B too. A decomposition by another kind of device has other bits.
+    """
+    tensors = [t for m in model.modules() if form_of(m) is not None for t in frozen(m, ADAPTER)]
+    if not tensors:
+        return
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = torch.stack([t.view(kinds[t.dtype.itemsize]).sum(dtype=torch.int64) for t in tensors])
+    most = torch.cat([sums, -sums])
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    differ = int((most[: len(sums)] != -most[len(sums) :]).sum())
+    if differ:
+        raise ValueError(
+            f"model: expected the same PiSSA factors in all processes, found others in {differ} of {len(tensors)}: are "
+            "their devices of different kinds? Wrap the model on one of them, save it, and load its adapters in all"
+        )
 
 
 def initial_scaling(module: LoraLayer, adapter: str) -> float:

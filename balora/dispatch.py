@@ -145,7 +145,7 @@ def info(file: TextIO | None = None) -> dict[str, Any]:
 
     versions: dict[str, str | None] = {"balora": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in _PACKAGES}
-    versions["torch"] = torch.__version__  # which says for what it was built
+    versions["torch"] = str(torch.__version__)  # which says for what it was built
     versions["balora._C"] = _build()
     devices = [f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"]
     if torch.cuda.is_available():

@@ -362,8 +362,8 @@ class Run:
                 grad *= self.scale
         r = 0 if self.linear.a is None else len(self.linear.a)
         # Copies, where both are trained: results of an operator must not share memory.
-        bias = e[:, -1].contiguous() if e is not None and self.need[2] else None
-        b = e[:, :r].contiguous() if e is not None and self.need[4] else None
+        bias = e[:, -1].clone() if e is not None and self.need[2] else None
+        b = e[:, :r].clone() if e is not None and self.need[4] else None
         return Gradients(hidden, self.grad_weight, bias, self.grad_a, b)
 
 

@@ -22,9 +22,10 @@ import warnings
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
-from .adapters import share_frozen
+from .adapters import check_alike
 from .functional import BALoraOutput
 from .modeling import attachment, set_progress
 from .sharding import check_engine
@@ -33,8 +34,8 @@ _TERMS = ("ce", "consistency", "diversity", "svd")
 
 
 class BALoraCallback(TrainerCallback):
-    """Tells an attached model how far training is, and adds its loss terms and λ to the logs. When training begins, all
-    processes get the frozen factors A₀ and B₀ of the first one.
+    """Tells an attached model how far training is, and adds its loss terms and λ to the logs. Raises when training
+    begins where the processes have different frozen factors A₀ and B₀.
 
     Logged beside ``loss``: ce, consistency, diversity and svd (unweighted, means over the optimizer steps since the
     last log, and over the processes; a term whose λ is 0 is left out) and lambda_consistency, lambda_diversity,
@@ -56,7 +57,7 @@ class BALoraCallback(TrainerCallback):
         base: Any = attachment(model)[0]
         base.balora_last = None  # of an earlier run
         if args.world_size > 1:
-            share_frozen(model)
+            check_alike(model)
         set_progress(model, state.global_step, state.max_steps)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -127,8 +128,8 @@ class BALoraMixin:
 
     In training the loss is what the attached forward returns, as Hugging Face's Trainer takes it, whatever
     ``compute_loss`` the class has; ``BALoraCallback`` stands in front of every reporter; adapters keep their type.
-    Evaluation is the class's own. DDP does not send buffers, A₀ and B₀ among them, before every forward, unless
-    ``ddp_broadcast_buffers`` asks for it.
+    Evaluation is the class's own. DDP sends the buffers, A₀ and B₀ among them, once and not before every forward,
+    unless ``ddp_broadcast_buffers`` asks for it.
 
     TRL's SFTTrainer (tried: 0.27, 1.0, 1.8 and 1.16) makes its loss around the model's forward. What follows for it:
 
@@ -154,14 +155,11 @@ class BALoraMixin:
             if p.dtype != data.dtype:  # TRL rounds adapters on a 4-bit model: they would not start as their teacher
                 p.data = data.to(p.device)
         self.callback_handler.callbacks.insert(0, BALoraCallback())  # type: ignore[attr-defined]
-        handler = getattr(self.accelerator, "ddp_handler", None)  # type: ignore[attr-defined]
-        if self.args.ddp_broadcast_buffers is None:  # type: ignore[attr-defined]
-            self.args.ddp_broadcast_buffers = False  # type: ignore[attr-defined]
-            if handler is not None:  # made of the arguments already
-                handler.broadcast_buffers = False
 
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """In training ``Trainer.compute_loss``, which asks the model; in evaluation that of the class."""
+        if isinstance(model, DistributedDataParallel) and not self.args.ddp_broadcast_buffers:  # type: ignore[attr-defined]
+            model.broadcast_buffers = False  # asked for beforehand, they would not be sent at the start either
         if model.training:
             return Trainer.compute_loss(self, model, *args, **kwargs)
         return super().compute_loss(model, *args, **kwargs)  # type: ignore[misc]

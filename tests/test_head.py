@@ -409,3 +409,15 @@ def test_bad_input_names_the_argument(case):
     changes, error, message = BAD[case]
     with pytest.raises(error, match=message):
         LinearHead(**{"weight": W, **changes})
+
+
+@pytest.mark.parametrize("vocab", [1, 9])
+def test_gradients_share_no_memory(vocab):
+    """As results of an operator must not, which torch.compile wants."""
+    inputs, other, teacher, labels = tensors("everything", torch.float64, vocab=vocab, n=6)
+    head = LinearHead(inputs["weight"], inputs["bias"], lora=(inputs["lora_a"], inputs["lora_b"], 0.5), **other)
+    labels = labels.clamp_min(0)
+    _, found = streaming.objective(
+        inputs["hidden"], teacher, head, None, labels, None, only("consistency"), (True,) * 5
+    )
+    assert len({t.untyped_storage().data_ptr() for t in found}) == 5

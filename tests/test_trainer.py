@@ -190,6 +190,26 @@ def test_two_processes_log_what_one_does(runs, how):
             torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_processes_with_other_factors_are_refused(monkeypatch):
+    model = balora.attach(balora.get_pissa_model(tiny_llama(), r=4), CONFIG)
+    args = types.SimpleNamespace(world_size=2)
+    layer = next(m for m in model.modules() if hasattr(m, "lora_offset_A"))
+    other = layer.lora_offset_A.default.clone()
+
+    def all_reduce(sums, op):
+        """With a process that has the other A₀ in that layer."""
+        change = other.view(torch.int32).sum(dtype=torch.int64) - layer.lora_offset_A.default.view(torch.int32).sum()
+        half = len(sums) // 2
+        sums[0], sums[half] = max(sums[0], sums[0] + change), max(sums[half], sums[half] - change)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    start = lambda: BALoraCallback().on_train_begin(args, TrainerState(max_steps=1), None, model=model)  # noqa: E731
+    start()
+    other[0, 0] *= 1 + 2**-20
+    with pytest.raises(ValueError, match="expected the same PiSSA factors in all processes, found others in 1 of 28"):
+        start()
+
+
 def test_fsdp_version_1_is_refused():
     """Accelerate's default: it would flatten the weights that an attached model reads."""
     model = balora.attach(balora.get_pissa_model(tiny_llama(), r=4), CONFIG)

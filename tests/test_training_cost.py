@@ -105,7 +105,7 @@ def test_no_figure_for_a_term_that_leaves_the_reference_on_the_same_weights(name
 
 
 def test_on_a_gpu_what_has_run_is_written_before_the_next_method(tmp_path, monkeypatch):
-    """PiSSA and balora first: the lease may end."""
+    """PiSSA and balora first: what ends a run early leaves these."""
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     monkeypatch.setattr(training_cost.harness, "DEVICE", "cuda")
     seen = []

@@ -24,7 +24,7 @@ from tests.test_trainer import examples
 def main(out: Path, batch: int, average: bool) -> None:
     torch.set_num_threads(1)
     model = balora.get_pissa_model(tiny_llama(), r=4)
-    if int(os.environ["RANK"]) > 0:  # as if another device had decomposed the weights
+    if int(os.environ["RANK"]) > 0:  # as if another device had decomposed the weights: DDP makes them alike
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "lora_" in name:
                 tensor.data.add_(0.01 * torch.randn_like(tensor))
