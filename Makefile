@@ -65,8 +65,9 @@ gpu-build:
 
 gpu-tests:
 	mkdir -p $(RESULTS)
-	$(GPU) -m pytest -q tests/gpu/test_kernels.py -k two_percent -rP > $(RESULTS)/kl.txt; \
-	  grep "^KL" $(RESULTS)/kl.txt > $(RESULTS)/kl-accuracy-gpu.txt && rm $(RESULTS)/kl.txt || cat $(RESULTS)/kl.txt
+	$(GPU) -m pytest -q tests/gpu/test_kernels.py -k two_percent -rP > $(RESULTS)/kl.log; \
+	  if grep "^KL" $(RESULTS)/kl.log > $(RESULTS)/kl.txt; then mv $(RESULTS)/kl.txt $(RESULTS)/kl-accuracy-gpu.txt; \
+	  else cat $(RESULTS)/kl.log; fi; rm -f $(RESULTS)/kl.log $(RESULTS)/kl.txt
 	$(GPU) -m pytest -q tests/gpu tests/test_fused.py tests/test_fused_svd.py tests/test_kernels.py -k "not compiles_without_a_spill"
 
 gpu-bench:

@@ -218,8 +218,8 @@ def frozen(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def check_alike(model: nn.Module) -> None:
-    """Raise where the processes have other A₀ and B₀. All of them have to ask.
+def check_alike(model: nn.Module, device: torch.device) -> None:
+    """Raise where the processes have other A₀ and B₀. All of them have to ask, with a device that they communicate by.
 
     DDP makes parameters and buffers alike when it wraps a model; FSDP and ZeRO leave each process its own buffers, and
     FSDP its own slices of A and B too. A decomposition by another kind of device has other bits.
@@ -228,7 +228,7 @@ def check_alike(model: nn.Module) -> None:
     if not tensors:
         return
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = torch.stack([t.view(kinds[t.dtype.itemsize]).sum(dtype=torch.int64) for t in tensors])
+    sums = torch.stack([t.view(kinds[t.dtype.itemsize]).sum(dtype=torch.int64).to(device) for t in tensors])
     most = torch.cat([sums, -sums])
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
     differ = int((most[: len(sums)] != -most[len(sums) :]).sum())

@@ -57,7 +57,7 @@ class BALoraCallback(TrainerCallback):
         base: Any = attachment(model)[0]
         base.balora_last = None  # of an earlier run
         if args.world_size > 1:
-            check_alike(model)
+            check_alike(model, args.device)
         set_progress(model, state.global_step, state.max_steps)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):

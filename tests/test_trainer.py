@@ -192,7 +192,7 @@ def test_two_processes_log_what_one_does(runs, how):
 
 def test_processes_with_other_factors_are_refused(monkeypatch):
     model = balora.attach(balora.get_pissa_model(tiny_llama(), r=4), CONFIG)
-    args = types.SimpleNamespace(world_size=2)
+    args = types.SimpleNamespace(world_size=2, device=torch.device("cpu"))
     layer = next(m for m in model.modules() if hasattr(m, "lora_offset_A"))
     other = layer.lora_offset_A.default.clone()
 
