@@ -205,9 +205,10 @@ def test_processes_with_other_factors_are_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     start = lambda: BALoraCallback().on_train_begin(args, TrainerState(max_steps=1), None, model=model)  # noqa: E731
     start()
-    other[0, 0] *= 1 + 2**-20
-    with pytest.raises(ValueError, match="expected the same PiSSA factors in all processes, found others in 1 of 28"):
-        start()
+    for factor in (1 + 2**-20, 1 - 2**-20):  # above this process's bits, and below
+        other.copy_(layer.lora_offset_A.default)[0, 0] *= factor
+        with pytest.raises(ValueError, match="expected the same PiSSA factors in all processes, found others in 1 of"):
+            start()
 
 
 def test_fsdp_version_1_is_refused():
