@@ -54,7 +54,12 @@ class _FrozenPath(torch.autograd.Function):
 
 
 class _OffsetPath(torch.autograd.Function):
-    """s·(B(A x) − B₀(A₀ x)), the bracket first, in ``dtype``.
+    """s·(B(A x) − B₀(A₀ x)), in ``dtype``, as [B, B − B₀] s·([A − A₀; A₀] x).
+
+    The differences are taken before anything is rounded, so that every rounding is relative to what training has
+    changed. A and B start at numbers of a half precision type: rounded to it by themselves they would stay there until
+    an update reaches half a step of that type (2⁻⁹ of an entry in bfloat16; at a learning rate of 2e-5 that takes many
+    steps), and the student would be the teacher meanwhile. Without a change the result is exactly 0.
 
     Keeps x as the layer got it, or rounded to ``dtype`` where that is smaller: in a half precision model layers that
     share an input share it. With modules in its place every layer would keep an x of its own, and autocast rounded
@@ -66,12 +71,13 @@ class _OffsetPath(torch.autograd.Function):
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scaling: float, dtype: torch.dtype
     ) -> Tensor:
         rounded = x.to(dtype)
-        seen = F.linear(rounded, a.to(dtype))
-        # The two products alike, one after the other: equal factors give equal bits, and a difference of exactly 0.
-        result = F.linear(seen, b.to(dtype)).sub_(F.linear(F.linear(rounded, a0.to(dtype)), b0.to(dtype)))
+        down, up = _stacked(a, b, a0, b0, dtype)
+        # The scaling goes to the narrow tensors: of the layer's width they would be a pass over memory more.
+        both = F.linear(rounded, down).mul_(scaling)  # [..., 2r]
+        seen = both[..., : len(a)] + both[..., len(a) :]  # s·A x
         ctx.save_for_backward(rounded if dtype.itemsize < x.dtype.itemsize else x, seen, a, b, a0, b0)
         ctx.scaling, ctx.dtype, ctx.input_dtype = scaling, dtype, x.dtype
-        return result if scaling == 1 else result.mul_(scaling)
+        return F.linear(both, up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -80,18 +86,26 @@ class _OffsetPath(torch.autograd.Function):
         dtype, (need_x, need_a, need_b) = ctx.dtype, ctx.needs_input_grad[:3]
         grad = grad.to(dtype)
         by_x = by_a = by_b = None
-        # One product for both paths: what they have in common cancels before it is rounded. The scaling goes to the
-        # small factors: a scaled gradient would be a tensor [..., out] more.
-        down = grad @ torch.cat([b.to(dtype), b0.to(dtype)], 1).mul_(ctx.scaling)  # [..., 2r]
-        r = a.shape[0]
+        down, up = _stacked(a, b, a0, b0, dtype)
+        by_both = (grad @ up).mul_(ctx.scaling)  # [..., 2r]
         if need_x:
-            both = torch.cat([a.to(dtype), -a0.to(dtype)])  # [2r, in]
-            by_x = (down @ both).to(ctx.input_dtype)
+            by_x = (by_both @ down).to(ctx.input_dtype)
         if need_a:
-            by_a = (_rows(down[..., :r]).T @ _rows(x.to(dtype))).to(a.dtype)
+            by_a = (_rows(by_both[..., : len(a)]).T @ _rows(x.to(dtype))).to(a.dtype)
         if need_b:
-            by_b = (_rows(grad).T @ (_rows(seen) * ctx.scaling)).to(b.dtype)
+            by_b = (_rows(grad).T @ _rows(seen)).to(b.dtype)
         return by_x, by_a, by_b, None, None, None, None
+
+
+def _stacked(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[A − A₀; A₀] [2r, in] and [B, B − B₀] [out, 2r], the differences rounded once."""
+    r = len(a)
+    down, up = a.new_empty(2 * r, a.shape[1], dtype=dtype), b.new_empty(len(b), 2 * r, dtype=dtype)
+    torch.sub(a, a0, out=down[:r])
+    down[r:] = a0
+    up[:, :r] = b
+    torch.sub(b, b0, out=up[:, r:])
+    return down, up
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -106,7 +120,7 @@ def _casts_by_itself(module: Any, args: tuple[Any, ...]) -> None:
 
 
 class OffsetVariant(LoraVariant):
-    """``W x + s·(B(A x) − B₀(A₀ x))``: the bracket first, one dropout mask for both."""
+    """``W x + s·(B(A x) − B₀(A₀ x))``: the bracket by itself, one dropout mask for both."""
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, *, a0: Tensor, b0: Tensor, **kwargs: Any) -> None:
@@ -120,11 +134,10 @@ class OffsetVariant(LoraVariant):
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         down, up, dropout = (m[active_adapter] for m in (module.lora_A, module.lora_B, module.lora_dropout))
         scaling = module.scaling[active_adapter]
-        # FSDP puts another class in the place of a layer that it wraps.
-        gathered = not type(down) is type(up) is nn.Linear or hooked(down) or hooked(up)
+        gathered = _gathered(down, up)
         if gathered or not isinstance(dropout, nn.Identity):
             x = dropout(x.to(down.weight.dtype))
-        if gathered:  # they have their weights in their own forward alone
+        if gathered:
             return result + (up(down(x)) - _FrozenPath.apply(x, *frozen(module, active_adapter))) * scaling
         dtype = _product_dtype(x, down.weight)
         return result + _OffsetPath.apply(x, down.weight, up.weight, *frozen(module, active_adapter), scaling, dtype)
@@ -148,6 +161,9 @@ class OffsetVariant(LoraVariant):
 class ResidualVariant(LoraVariant):
     """``W_res x + s·B(A x)``, or with ``module.initial_selected`` (``balora.teacher``) ``W_res x + s·B₀(A₀ x)``.
 
+    Where A and B are multiplied in a smaller type than their own, the first is the second and the bracket of the offset
+    form added to it, so that it follows changes that rounding A and B would hide.
+
     ``module.initial_scaling`` is the s that W_res was made with. ``init`` leaves the weight alone: ``subtract`` it.
     """
 
@@ -163,7 +179,12 @@ class ResidualVariant(LoraVariant):
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         if module.initial_selected:
             return result + _FrozenPath.apply(x, *frozen(module, active_adapter)) * module.initial_scaling
-        return result + module.lora_B[active_adapter](module.lora_A[active_adapter](x)) * module.scaling[active_adapter]
+        down, up, scaling = module.lora_A[active_adapter], module.lora_B[active_adapter], module.scaling[active_adapter]
+        dtype = _product_dtype(x, down.weight)
+        if _gathered(down, up) or dtype.itemsize >= down.weight.dtype.itemsize:
+            return result + up(down(x)) * scaling
+        initial = result + _FrozenPath.apply(x, *frozen(module, active_adapter)) * scaling
+        return initial + _OffsetPath.apply(x, down.weight, up.weight, *frozen(module, active_adapter), scaling, dtype)
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -185,6 +206,11 @@ VARIANTS: dict[str, type[OffsetVariant] | type[ResidualVariant]] = {
     "offset": OffsetVariant,
     "residual": ResidualVariant,
 }
+
+
+def _gathered(down: nn.Module, up: nn.Module) -> bool:
+    """Whether A and B are whole in their own forwards alone; FSDP puts another class in the place of what it wraps."""
+    return not type(down) is type(up) is nn.Linear or hooked(down) or hooked(up)
 
 
 def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

@@ -8,6 +8,7 @@ import weakref
 import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import balora
 from balora.adapters import FROZEN
@@ -76,6 +77,57 @@ def test_a_layer_in_other_types_is_as_near_as_its_modules(dtype, autocast):
     assert types == [dtype, torch.float32, torch.float32]
     eps = torch.finfo(torch.bfloat16 if autocast else dtype).eps
     assert all(f <= 2 * (y + eps) for f, y in zip(found, yardstick, strict=True)), (found, yardstick)
+
+
+@pytest.mark.parametrize("distance", [1e-6, 1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_layer_adds_is_rounded_relative_to_its_change(dtype, distance):
+    """However little of A and B has changed: also below half a step of the type that they are rounded to."""
+    layer, x = one_layer(dtype)
+    for name, factor in zip(FROZEN["offset"], (layer.lora_A, layer.lora_B), strict=True):
+        start = getattr(layer, name).default.float()
+        factor.default.weight.data = start + distance * torch.randn_like(start)
+    x = x.requires_grad_()
+
+    def change(x, a, b, a0, b0):
+        return 1.5 * (x @ a.T @ b.T - x @ a0.T @ b0.T)
+
+    variant, nothing = layer.lora_variant["default"], torch.zeros(2, 5, 40, dtype=dtype)
+    with torch.autocast("cpu", dtype):
+        found = variant.forward(layer, active_adapter="default", x=x, result=nothing)
+    factors = layer.lora_A.default.weight, layer.lora_B.default.weight
+    initial = [getattr(layer, name).default.double() for name in FROZEN["offset"]]
+    leaves = [t.detach().double().requires_grad_() for t in (x, *factors)]
+    exact = change(*leaves, *initial)
+    outside = torch.randn(exact.shape).to(dtype)
+    by = torch.autograd.grad(found, (x, *factors), outside)
+    exact_by = torch.autograd.grad(exact, leaves, outside.double())
+    # float16 has fewer digits below 6e-5
+    allowed = 0.01 if dtype == torch.bfloat16 or distance >= 1e-2 else 0.05
+    for f, e in zip((found, *by), (exact, *exact_by), strict=True):
+        assert (f - e).norm() < allowed * e.norm()
+
+
+@pytest.mark.parametrize("form", ["offset", "residual"])
+def test_the_student_follows_its_first_steps_in_half_precision(form, stories15m):
+    """At the published learning rate. With A and B rounded by themselves its KL would be a quarter less than it is."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(stories15m, dtype=torch.bfloat16)
+    model = balora.get_pissa_model(base, r=64, lora_alpha=64, form=form)
+    model = balora.attach(model, balora.BALoraConfig()).train()
+    ids = torch.randint(3, 32000, (2, 64))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-5)
+    for _ in range(4):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, labels=ids)
+    found = model.balora_last.consistency.item()
+    model.float()
+    model(input_ids=ids, labels=ids)
+    assert found == pytest.approx(model.balora_last.consistency.item(), rel=0.1)
 
 
 def test_layers_keep_the_input_that_they_share_and_no_rounded_factors():
