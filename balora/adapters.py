@@ -9,6 +9,7 @@ names hold ``lora_`` and the adapter's name. Each form has names of its own, so 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,19 @@ def check_alike(model: nn.Module, device: torch.device) -> None:
         raise ValueError(
             f"model: expected the same PiSSA factors in all processes, found others in {differ} of {len(tensors)}: are "
             "their devices of different kinds? Wrap the model on one of them, save it, and load its adapters in all"
+        )
+
+
+def warn_of_rounding(model: nn.Module) -> None:
+    """Warn where the factors that are trained, which do not start at 0, are in half precision themselves."""
+    layers: Iterable[Any] = (m for m in model.modules() if form_of(m) is not None)
+    types = (layer.lora_A[ADAPTER].weight.dtype for layer in layers if ADAPTER in layer.lora_A)
+    half = next((dtype for dtype in types if dtype.itemsize < 4), None)
+    if half is not None:
+        warnings.warn(
+            f"peft_model: its adapters are in {half}, where an update below half a step of an entry is lost, and most "
+            "are; keep A and B in float32 (as get_pissa_model makes them) and train under autocast",
+            stacklevel=1,
         )
 
 

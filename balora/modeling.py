@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from . import causal_lm, encoder_decoder, four_bit, sequence_classifier
-from .adapters import RESIDUAL_BASE, form_of
+from .adapters import RESIDUAL_BASE, form_of, warn_of_rounding
 from .attachment import Attachment, attachment, by_name, find, set_progress
 from .config import BALoraConfig
 from .functional import IGNORE_INDEX
@@ -105,6 +105,7 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
             "encoder-decoder (a classifier needs a config with task='nlu')"
         )
     four_bit.prepare(base)
+    warn_of_rounding(base)
     if config.task == "nlg":
         heads = _known_heads(peft_model)
     base._balora = Attachment(config, heads, base.__dict__.get("forward"))

@@ -25,7 +25,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
-from .adapters import check_alike
+from .adapters import check_alike, warn_of_rounding
 from .functional import BALoraOutput
 from .modeling import attachment, set_progress
 from .sharding import check_engine
@@ -58,6 +58,8 @@ class BALoraCallback(TrainerCallback):
         base.balora_last = None  # of an earlier run
         if args.world_size > 1:
             check_alike(model, args.device)
+        if args.deepspeed_plugin is None:  # whose optimizer has the float32 weights
+            warn_of_rounding(model)
         set_progress(model, state.global_step, state.max_steps)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):

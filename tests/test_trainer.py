@@ -286,6 +286,25 @@ def test_adapters_that_nothing_calls_are_told(tmp_path):
     assert sum("got no gradient" in str(one.message) for one in w) == 1
 
 
+@pytest.mark.parametrize("when", ["before attach", "after attach"])
+def test_adapters_in_half_precision_are_told(tmp_path, when):
+    model = balora.get_pissa_model(tiny_llama(), r=4)
+    expected = r"its adapters are in torch\.bfloat16, where an update below half a step of an entry is lost"
+    if when == "before attach":
+        with pytest.warns(UserWarning, match=expected):
+            balora.attach(model.bfloat16(), CONFIG)
+        return
+    balora.attach(model, CONFIG).bfloat16()
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, disable_tqdm=True, save_strategy="no")
+    with pytest.warns(UserWarning, match=expected):
+        BALoraTrainer(model, arguments, train_dataset=examples()).train()
+
+
+def test_adapters_in_float32_on_a_half_precision_base_are_not_told(recwarn):
+    balora.attach(balora.get_pissa_model(tiny_llama(dtype=torch.bfloat16), r=4), CONFIG)
+    assert not [w for w in recwarn if "half a step" in str(w.message)]
+
+
 def test_adapters_that_are_not_finite_are_not_exported(tmp_path):
     model = balora.get_pissa_model(tiny_llama(), r=4)
     model.get_base_model().model.layers[1].mlp.up_proj.lora_B.default.weight.data[0, 0] = torch.nan
