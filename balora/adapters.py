@@ -55,12 +55,12 @@ class _FrozenPath(torch.autograd.Function):
 
 
 class _OffsetPath(torch.autograd.Function):
-    """s·(B(A x) − B₀(A₀ x)), in ``dtype``, as [B, B − B₀] s·([A − A₀; A₀] x).
+    """s·(B(A x) − B₀(A₀ x)), in ``dtype``, as s·[B, B − B₀] ([A − A₀; A₀] x).
 
     The differences are taken before anything is rounded, so that every rounding is relative to what training has
-    changed. A and B start at numbers of a half precision type: rounded to it by themselves they would stay there until
-    an update reaches half a step of that type (2⁻⁹ of an entry in bfloat16; at a learning rate of 2e-5 that takes many
-    steps), and the student would be the teacher meanwhile. Without a change the result is exactly 0.
+    changed. On a half precision base A and B start at numbers of that type: rounded to it by themselves they would stay
+    there until an update reaches half a step of it (2⁻⁹ of an entry in bfloat16; at a learning rate of 2e-5 that takes
+    many steps), and the student would be the teacher meanwhile. Without a change the result is exactly 0.
 
     Keeps x as the layer got it, or rounded to ``dtype`` where that is smaller: in a half precision model layers that
     share an input share it. With modules in its place every layer would keep an x of its own, and autocast rounded
@@ -72,41 +72,78 @@ class _OffsetPath(torch.autograd.Function):
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scaling: float, dtype: torch.dtype
     ) -> Tensor:
         rounded = x.to(dtype)
-        down, up = _stacked(a, b, a0, b0, dtype)
-        # The scaling goes to the narrow tensors: of the layer's width they would be a pass over memory more.
-        both = F.linear(rounded, down).mul_(scaling)  # [..., 2r]
-        seen = both[..., : len(a)] + both[..., len(a) :]  # s·A x
+        result, seen = _offset(rounded, a, b, a0, b0, scaling)
         ctx.save_for_backward(rounded if dtype.itemsize < x.dtype.itemsize else x, seen, a, b, a0, b0)
         ctx.scaling, ctx.dtype, ctx.input_dtype = scaling, dtype, x.dtype
-        return F.linear(both, up)
+        return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, seen, a, b, a0, b0 = ctx.saved_tensors
-        dtype, (need_x, need_a, need_b) = ctx.dtype, ctx.needs_input_grad[:3]
-        grad = grad.to(dtype)
-        by_x = by_a = by_b = None
-        down, up = _stacked(a, b, a0, b0, dtype)
-        by_both = (grad @ up).mul_(ctx.scaling)  # [..., 2r]
-        if need_x:
-            by_x = (by_both @ down).to(ctx.input_dtype)
-        if need_a:
-            by_a = (_rows(by_both[..., : len(a)]).T @ _rows(x.to(dtype))).to(a.dtype)
-        if need_b:
-            by_b = (_rows(grad).T @ _rows(seen)).to(b.dtype)
-        return by_x, by_a, by_b, None, None, None, None
+        down, up = _stacked(a, b, a0, b0, ctx.scaling, ctx.dtype)
+        return *_gradients(ctx, grad, x, seen, down, up, a, b), None, None, None, None
 
 
-def _stacked(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[A − A₀; A₀] [2r, in] and [B, B − B₀] [out, 2r], the differences rounded once."""
+class _ResidualPath(torch.autograd.Function):
+    """s·B(A x), in ``dtype``, as s·B₀(A₀ x) + s·(B(A x) − B₀(A₀ x)): the bits of the teacher's, and the offset.
+
+    So the changes of A and B show that rounding A and B would hide (``_OffsetPath``). The gradients need no such care:
+    they are those of s·B(A x).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scaling: float, dtype: torch.dtype
+    ) -> Tensor:
+        rounded = x.to(dtype)
+        result, seen = _offset(rounded, a, b, a0, b0, scaling)
+        ctx.save_for_backward(rounded if dtype.itemsize < x.dtype.itemsize else x, seen, a, b)
+        ctx.scaling, ctx.dtype, ctx.input_dtype = scaling, dtype, x.dtype
+        initial = F.linear(F.linear(rounded, a0.to(dtype)), b0.to(dtype))
+        return result.add_(initial * scaling)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, seen, a, b = ctx.saved_tensors
+        down, up = a.to(ctx.dtype), (b * ctx.scaling).to(ctx.dtype)
+        return *_gradients(ctx, grad, x, seen, down, up, a, b), None, None, None, None
+
+
+def _offset(x: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """s·(B(A x) − B₀(A₀ x)) [..., out] and A x [..., r], in the type of x."""
+    down, up = _stacked(a, b, a0, b0, scaling, x.dtype)
+    both = F.linear(x, down)  # [..., 2r]
+    return F.linear(both, up), both[..., : len(a)] + both[..., len(a) :]
+
+
+def _stacked(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[A − A₀; A₀] [2r, in] and s·[B, B − B₀] [out, 2r], the differences rounded once."""
+    if torch.promote_types(a.dtype, a0.dtype) != a.dtype:  # A and B were rounded, by an engine or a user
+        a0, b0 = a0.to(a.dtype), b0.to(b.dtype)
     r = len(a)
     down, up = a.new_empty(2 * r, a.shape[1], dtype=dtype), b.new_empty(len(b), 2 * r, dtype=dtype)
-    torch.sub(a, a0, out=down[:r])
-    down[r:] = a0
-    up[:, :r] = b
-    torch.sub(b, b0, out=up[:, r:])
+    down[:r], down[r:] = a - a0, a0
+    up[:, :r], up[:, r:] = (b, b - b0) if scaling == 1 else (b * scaling, (b - b0) * scaling)
     return down, up
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, x: Tensor, seen: Tensor, down: Tensor, up: Tensor, a: Tensor, b: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """By x, A and B, where x meets down [r or 2r, in] and then up [out, r or 2r], which begins with s·B."""
+    dtype, (need_x, need_a, need_b) = ctx.dtype, ctx.needs_input_grad[:3]
+    grad = grad.to(dtype)
+    by_x = by_a = by_b = None
+    by_down = grad @ up  # [..., r or 2r]
+    if need_x:
+        by_x = (by_down @ down).to(ctx.input_dtype)
+    if need_a:
+        by_a = (_rows(by_down[..., : len(a)]).T @ _rows(x.to(dtype))).to(a.dtype)
+    if need_b:
+        by_b = (_rows(grad).T @ (_rows(seen) * ctx.scaling)).to(b.dtype)
+    return by_x, by_a, by_b
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -162,8 +199,8 @@ class OffsetVariant(LoraVariant):
 class ResidualVariant(LoraVariant):
     """``W_res x + s·B(A x)``, or with ``module.initial_selected`` (``balora.teacher``) ``W_res x + s·B₀(A₀ x)``.
 
-    Where A and B are multiplied in a smaller type than their own, the first is the second and the bracket of the offset
-    form added to it, so that it follows changes that rounding A and B would hide.
+    Where A and B are multiplied in a smaller type than their own (autocast), the first is the second and the bracket of
+    the offset form: three times the products of A and B forward, the same backward.
 
     ``module.initial_scaling`` is the s that W_res was made with. ``init`` leaves the weight alone: ``subtract`` it.
     """
@@ -184,8 +221,7 @@ class ResidualVariant(LoraVariant):
         dtype = _product_dtype(x, down.weight)
         if _gathered(down, up) or dtype.itemsize >= down.weight.dtype.itemsize:
             return result + up(down(x)) * scaling
-        initial = result + _FrozenPath.apply(x, *frozen(module, active_adapter)) * scaling
-        return initial + _OffsetPath.apply(x, down.weight, up.weight, *frozen(module, active_adapter), scaling, dtype)
+        return result + _ResidualPath.apply(x, down.weight, up.weight, *frozen(module, active_adapter), scaling, dtype)
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:

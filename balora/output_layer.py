@@ -147,8 +147,8 @@ def _head_adapter(layer: LoraLayer, name: str) -> tuple[Adapter, Adapter | None]
     if form == "residual":
         return (a, b, scaling), (*frozen(layer, name), initial_scaling(layer, name))
     if form == "offset":  # s·(BA − B₀A₀) as one product, its roundings relative to the change
-        a0, b0 = frozen(layer, name)
-        return (torch.cat([a - a0, a0.to(a.dtype)]), torch.cat([b, b - b0], dim=1), scaling), None
+        a0, b0 = (t.to(a.dtype) for t in frozen(layer, name))
+        return (torch.cat([a - a0, a0]), torch.cat([b, b - b0], dim=1), scaling), None
     if layer.lora_variant.get(name) is not None:
         return f"its head has an adapter of the kind {type(layer.lora_variant[name]).__name__}"
     return (a, b, scaling), None

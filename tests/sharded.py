@@ -80,21 +80,26 @@ def shard(model, case):
 
 
 def train(model, parts, share):
-    """The loss of each step. parts: the rows of each micro-batch; share: the processes that average gradients."""
+    """The loss of each step, and the KL of the first.
+
+    parts: the rows of each micro-batch; share: the processes that average gradients.
+    """
     whole = batch(rows=4)
     count = (whole["labels"][:, 1:] != -100).sum()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
+    losses, consistency = [], None
     for _ in range(STEPS):
         losses.append(torch.zeros(()))
         for rows in parts:
             part = {name: tensor[rows] for name, tensor in whole.items()}
             loss = model(**part, num_items_in_batch=count).loss
+            if consistency is None:
+                consistency = model.balora_last.consistency.item()
             (loss * share).backward()
             losses[-1] += loss.detach()
         optimizer.step()
         optimizer.zero_grad()
-    return torch.stack(losses)
+    return torch.stack(losses), consistency
 
 
 def full(p):
@@ -110,7 +115,9 @@ def run(case, out):
     dist.all_gather_object(digests, hashlib.sha256(bits).hexdigest())
     start = {n: p.detach().clone() for n, p in alone.named_parameters() if p.requires_grad}
     halves = [slice(0, 2), slice(2, 4)]
-    expected = train(alone, halves if case.lambda_svd else [slice(None)], 1)  # the SVD term belongs to the micro-batch
+    expected, _ = train(
+        alone, halves if case.lambda_svd else [slice(None)], 1
+    )  # the SVD term belongs to the micro-batch
     shard(together, case)
     grams = []
     exact = spectral.gram
@@ -122,7 +129,7 @@ def run(case, out):
 
     spectral.gram = counted
     try:
-        found = train(together, [halves[rank]], 2)
+        found, consistency = train(together, [halves[rank]], 2)
     finally:
         spectral.gram = exact
     dist.all_reduce(found)
@@ -140,6 +147,7 @@ def run(case, out):
         before = tiny_llama(**case.model)(input_ids=tokens).logits
     return dict(
         same_start=digests[0] == digests[1],
+        consistency=consistency,
         loss=(found - expected).abs().max().item(),
         weights=max((trained[n] - wanted[n]).abs().max().item() for n in wanted),
         moved=min((wanted[n] - start[n]).abs().max().item() for n in wanted),

@@ -79,33 +79,94 @@ def test_a_layer_in_other_types_is_as_near_as_its_modules(dtype, autocast):
     assert all(f <= 2 * (y + eps) for f, y in zip(found, yardstick, strict=True)), (found, yardstick)
 
 
-@pytest.mark.parametrize("distance", [1e-6, 1e-4, 1e-2, 1.0])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_what_a_layer_adds_is_rounded_relative_to_its_change(dtype, distance):
-    """However little of A and B has changed: also below half a step of the type that they are rounded to."""
+def assert_rounded_relative_to_the_change(dtype, distance, device="cpu"):
+    """What a layer adds under autocast, and its gradients, where A and B are that far from their start."""
     layer, x = one_layer(dtype)
     for name, factor in zip(FROZEN["offset"], (layer.lora_A, layer.lora_B), strict=True):
         start = getattr(layer, name).default.float()
         factor.default.weight.data = start + distance * torch.randn_like(start)
-    x = x.requires_grad_()
+    outside, layer = torch.randn(2, 5, 40).to(device, dtype), layer.to(device)
+    x = x.to(device).requires_grad_()
 
-    def change(x, a, b, a0, b0):
-        return 1.5 * (x @ a.T @ b.T - x @ a0.T @ b0.T)
-
-    variant, nothing = layer.lora_variant["default"], torch.zeros(2, 5, 40, dtype=dtype)
-    with torch.autocast("cpu", dtype):
+    variant, nothing = layer.lora_variant["default"], torch.zeros_like(outside)
+    with torch.autocast(device, dtype):
         found = variant.forward(layer, active_adapter="default", x=x, result=nothing)
     factors = layer.lora_A.default.weight, layer.lora_B.default.weight
-    initial = [getattr(layer, name).default.double() for name in FROZEN["offset"]]
-    leaves = [t.detach().double().requires_grad_() for t in (x, *factors)]
-    exact = change(*leaves, *initial)
-    outside = torch.randn(exact.shape).to(dtype)
     by = torch.autograd.grad(found, (x, *factors), outside)
+    a0, b0 = (getattr(layer, name).default.double() for name in FROZEN["offset"])
+    leaves = [t.detach().double().requires_grad_() for t in (x, *factors)]
+    exact = 1.5 * (leaves[0] @ leaves[1].T @ leaves[2].T - leaves[0] @ a0.T @ b0.T)
     exact_by = torch.autograd.grad(exact, leaves, outside.double())
     # float16 has fewer digits below 6e-5
     allowed = 0.01 if dtype == torch.bfloat16 or distance >= 1e-2 else 0.05
     for f, e in zip((found, *by), (exact, *exact_by), strict=True):
         assert (f - e).norm() < allowed * e.norm()
+
+
+@pytest.mark.parametrize("distance", [1e-6, 1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_layer_adds_is_rounded_relative_to_its_change(dtype, distance):
+    """However little of A and B has changed: also below half a step of the type that they are rounded to."""
+    assert_rounded_relative_to_the_change(dtype, distance)
+
+
+@pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_adapters_in_a_type_of_their_own_start_as_nothing(base, adapters):
+    """As an engine or a user rounds them: A₀ and B₀ are rounded with them."""
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False)).to(base)
+    layer = balora.get_pissa_model(layer, r=4, lora_alpha=6, target_modules=["0"]).base_model.model[0]
+    layer.lora_A.to(adapters)
+    layer.lora_B.to(adapters)
+    x, nothing = torch.randn(5, 24).to(base), torch.zeros(5, 40, dtype=base)
+    for type_ in (None, torch.bfloat16):
+        with torch.autocast("cpu", type_, enabled=type_ is not None):
+            added = layer.lora_variant["default"].forward(layer, active_adapter="default", x=x, result=nothing)
+        assert not added.any()
+
+
+@pytest.mark.parametrize("form", ["offset", "residual"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_layer_compiles_as_a_whole(form, autocast):
+    layer, x = one_layer(torch.bfloat16 if autocast else torch.float32, form=form)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    leaves = x.requires_grad_(), layer.lora_A.default.weight, layer.lora_B.default.weight
+    found = []
+    for call in (layer, compiled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = call(x)
+        found.append([out, *torch.autograd.grad(out.float().sin().sum(), leaves)])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("form", ["offset", "residual"])
+def test_factors_that_are_gathered_for_their_own_forward_are_used_in_it_alone(form):
+    layer, x = one_layer(torch.bfloat16, form=form)
+    calls = []
+    for factor in (layer.lora_A.default, layer.lora_B.default):
+        factor.unshard = None  # as fully_shard marks what it wraps
+        factor.register_forward_hook(lambda module, *_: calls.append(module))
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    assert calls == [layer.lora_A.default, layer.lora_B.default]
+
+
+@pytest.mark.parametrize("initial", [1.0, 0.5])
+def test_the_residual_form_under_autocast_is_its_equation(initial):
+    """W_res x + s·B(A x) and its gradients, also with another s than W_res was made with."""
+    layer, x = one_layer(torch.bfloat16, form="residual")
+    layer.set_scale("default", initial)  # times alpha / r
+    factors = layer.lora_A.default.weight, layer.lora_B.default.weight
+    x = x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    leaves = [t.detach().double().requires_grad_() for t in (x, *factors)]
+    exact = leaves[0] @ layer.base_layer.weight.double().T + 1.5 * initial * (leaves[0] @ leaves[1].T @ leaves[2].T)
+    outside = torch.randn(out.shape).bfloat16()
+    by = torch.autograd.grad(out, (x, *factors), outside)
+    for found, wanted in zip((out, *by), (exact, *torch.autograd.grad(exact, leaves, outside.double())), strict=True):
+        assert (found - wanted).norm() < 0.01 * wanted.norm()
 
 
 @pytest.mark.parametrize("form", ["offset", "residual"])

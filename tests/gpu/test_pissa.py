@@ -6,7 +6,7 @@ import torch
 import balora
 from balora import principal
 
-from .. import test_pissa, test_principal
+from .. import test_adapters, test_pissa, test_principal
 from ..conftest import batch, tiny_llama, train_a_little
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -56,6 +56,19 @@ def test_a_model_on_the_device(dtype, n_iter, monkeypatch):
     train_a_little(model, device="cuda")
     with torch.no_grad(), balora.teacher(model):
         assert torch.equal(model(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("form", ["offset", "residual"])
+def test_autocast_shows_no_change_at_step_0_and_every_change_after(form):
+    base = tiny_llama(dtype=torch.bfloat16).cuda()
+    inputs = {name: t.cuda() for name, t in batch().items() if name != "labels"}
+    model = balora.get_pissa_model(base, r=4, lora_alpha=8, form=form)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        start = model(**inputs).logits
+        with balora.teacher(model):
+            assert torch.equal(model(**inputs).logits, start)
+    for distance in (1e-6, 1e-4, 1e-2, 1.0):
+        test_adapters.assert_rounded_relative_to_the_change(torch.bfloat16, distance, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
