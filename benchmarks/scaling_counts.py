@@ -128,7 +128,7 @@ def flops(shape: Shape, step: Step, method: str) -> dict[str, int]:
 
     With P the weights of all layers and t = 2·N: a forward is t·P, the gradient by the inputs of frozen layers t·P too;
     an adapter is t·a forward and 2·t·a backward (by its input, by A and B). The offset of balora adds B₀A₀: t·a forward
-    and t·a backward, there in one product with A's and one with B's. Recomputation repeats the student's forward. The
+    and t·a backward, beside A's in one product and beside B's in one. Recomputation repeats the student's forward. The
     teacher is a forward without adapters.
 
     The head: logits and dH, 4·N·V·d; published also the teacher's logits, and the sketch of ``torch.svd_lowrank``: 6
