@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from .adapter_paths import FrozenPath, OffsetPath, ResidualPath, product_dtype
 from .four_bit import dequantized, is_4bit
 from .sharding import full, hooked
 
@@ -36,118 +36,6 @@ class _Frozen(nn.Module):
     def __init__(self, adapter: str, tensor: Tensor) -> None:
         super().__init__()
         self.register_buffer(adapter, tensor)
-
-
-class _FrozenPath(torch.autograd.Function):
-    """B₀(A₀ x). Keeps A₀ and B₀ for the backward as they are stored; autograd would keep their float32 copies."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, a0: Tensor, b0: Tensor) -> Tensor:
-        ctx.save_for_backward(a0, b0)
-        ctx.dtype = x.dtype
-        return F.linear(F.linear(x, a0.to(x.dtype)), b0.to(x.dtype))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        a0, b0 = ctx.saved_tensors
-        return ((grad @ b0.to(grad.dtype)) @ a0.to(grad.dtype)).to(ctx.dtype), None, None
-
-
-class _OffsetPath(torch.autograd.Function):
-    """s·(B(A x) − B₀(A₀ x)), in ``dtype``, as s·[B, B − B₀] ([A − A₀; A₀] x).
-
-    The differences are taken before anything is rounded, so that every rounding is relative to what training has
-    changed. On a half precision base A and B start at numbers of that type: rounded to it by themselves they would stay
-    there until an update reaches half a step of it (2⁻⁹ of an entry in bfloat16; at a learning rate of 2e-5 that takes
-    many steps), and the student would be the teacher meanwhile. Without a change the result is exactly 0.
-
-    Keeps x as the layer got it, or rounded to ``dtype`` where that is smaller: in a half precision model layers that
-    share an input share it. With modules in its place every layer would keep an x of its own, and autocast rounded
-    copies of A and B: for LLaMA-2-7B at r = 128 these are 0.64 GB (counted), as much as A₀ and B₀ take.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scaling: float, dtype: torch.dtype
-    ) -> Tensor:
-        rounded = x.to(dtype)
-        result, seen = _offset(rounded, a, b, a0, b0, scaling)
-        ctx.save_for_backward(rounded if dtype.itemsize < x.dtype.itemsize else x, seen, a, b, a0, b0)
-        ctx.scaling, ctx.dtype, ctx.input_dtype = scaling, dtype, x.dtype
-        return result
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, seen, a, b, a0, b0 = ctx.saved_tensors
-        down, up = _stacked(a, b, a0, b0, ctx.scaling, ctx.dtype)
-        return *_gradients(ctx, grad, x, seen, down, up, a, b), None, None, None, None
-
-
-class _ResidualPath(torch.autograd.Function):
-    """s·B(A x), in ``dtype``, as s·B₀(A₀ x) + s·(B(A x) − B₀(A₀ x)): the bits of the teacher's, and the offset.
-
-    So the changes of A and B show that rounding A and B would hide (``_OffsetPath``). The gradients need no such care:
-    they are those of s·B(A x).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scaling: float, dtype: torch.dtype
-    ) -> Tensor:
-        rounded = x.to(dtype)
-        result, seen = _offset(rounded, a, b, a0, b0, scaling)
-        ctx.save_for_backward(rounded if dtype.itemsize < x.dtype.itemsize else x, seen, a, b)
-        ctx.scaling, ctx.dtype, ctx.input_dtype = scaling, dtype, x.dtype
-        initial = F.linear(F.linear(rounded, a0.to(dtype)), b0.to(dtype))
-        return result.add_(initial * scaling)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, seen, a, b = ctx.saved_tensors
-        down, up = a.to(ctx.dtype), (b * ctx.scaling).to(ctx.dtype)
-        return *_gradients(ctx, grad, x, seen, down, up, a, b), None, None, None, None
-
-
-def _offset(x: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """s·(B(A x) − B₀(A₀ x)) [..., out] and A x [..., r], in the type of x."""
-    down, up = _stacked(a, b, a0, b0, scaling, x.dtype)
-    both = F.linear(x, down)  # [..., 2r]
-    return F.linear(both, up), both[..., : len(a)] + both[..., len(a) :]
-
-
-def _stacked(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[A − A₀; A₀] [2r, in] and s·[B, B − B₀] [out, 2r], the differences rounded once."""
-    if torch.promote_types(a.dtype, a0.dtype) != a.dtype:  # A and B were rounded, by an engine or a user
-        a0, b0 = a0.to(a.dtype), b0.to(b.dtype)
-    r = len(a)
-    down, up = a.new_empty(2 * r, a.shape[1], dtype=dtype), b.new_empty(len(b), 2 * r, dtype=dtype)
-    down[:r], down[r:] = a - a0, a0
-    up[:, :r], up[:, r:] = (b, b - b0) if scaling == 1 else (b * scaling, (b - b0) * scaling)
-    return down, up
-
-
-def _gradients(
-    ctx: Any, grad: Tensor, x: Tensor, seen: Tensor, down: Tensor, up: Tensor, a: Tensor, b: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """By x, A and B, where x meets down [r or 2r, in] and then up [out, r or 2r], which begins with s·B."""
-    dtype, (need_x, need_a, need_b) = ctx.dtype, ctx.needs_input_grad[:3]
-    grad = grad.to(dtype)
-    by_x = by_a = by_b = None
-    by_down = grad @ up  # [..., r or 2r]
-    if need_x:
-        by_x = (by_down @ down).to(ctx.input_dtype)
-    if need_a:
-        by_a = (_rows(by_down[..., : len(a)]).T @ _rows(x.to(dtype))).to(a.dtype)
-    if need_b:
-        by_b = (_rows(grad).T @ (_rows(seen) * ctx.scaling)).to(b.dtype)
-    return by_x, by_a, by_b
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _casts_by_itself(module: Any, args: tuple[Any, ...]) -> None:
@@ -172,13 +60,13 @@ class OffsetVariant(LoraVariant):
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         down, up, dropout = (m[active_adapter] for m in (module.lora_A, module.lora_B, module.lora_dropout))
         scaling = module.scaling[active_adapter]
-        gathered = _gathered(down, up)
-        if gathered or not isinstance(dropout, nn.Identity):
+        if _gathered(down, up):
             x = dropout(x.to(down.weight.dtype))
-        if gathered:
-            return result + (up(down(x)) - _FrozenPath.apply(x, *frozen(module, active_adapter))) * scaling
-        dtype = _product_dtype(x, down.weight)
-        return result + _OffsetPath.apply(x, down.weight, up.weight, *frozen(module, active_adapter), scaling, dtype)
+            return result + (up(down(x)) - FrozenPath.apply(x, *frozen(module, active_adapter))) * scaling
+        dtype = product_dtype(x, down.weight)
+        if not isinstance(dropout, nn.Identity):
+            x = dropout(x.to(dtype))
+        return result + OffsetPath.apply(x, down.weight, up.weight, *frozen(module, active_adapter), scaling, dtype)
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -216,12 +104,12 @@ class ResidualVariant(LoraVariant):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         if module.initial_selected:
-            return result + _FrozenPath.apply(x, *frozen(module, active_adapter)) * module.initial_scaling
+            return result + FrozenPath.apply(x, *frozen(module, active_adapter)) * module.initial_scaling
         down, up, scaling = module.lora_A[active_adapter], module.lora_B[active_adapter], module.scaling[active_adapter]
-        dtype = _product_dtype(x, down.weight)
+        dtype = product_dtype(x, down.weight)
         if _gathered(down, up) or dtype.itemsize >= down.weight.dtype.itemsize:
             return result + up(down(x)) * scaling
-        return result + _ResidualPath.apply(x, down.weight, up.weight, *frozen(module, active_adapter), scaling, dtype)
+        return result + ResidualPath.apply(x, down.weight, up.weight, *frozen(module, active_adapter), scaling, dtype)
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -248,15 +136,6 @@ VARIANTS: dict[str, type[OffsetVariant] | type[ResidualVariant]] = {
 def _gathered(down: nn.Module, up: nn.Module) -> bool:
     """Whether A and B are whole in their own forwards alone; FSDP puts another class in the place of what it wraps."""
     return not type(down) is type(up) is nn.Linear or hooked(down) or hooked(up)
-
-
-def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The type that peft's adapters multiply in: autocast's, else that of A and B."""
-    device = x.device.type
-    available = torch.amp.is_autocast_available(device)
-    if available and torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, weight.dtype):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
 
 
 def _start(module: LoraLayer, adapter: str, form: str, a0: Tensor, b0: Tensor) -> None:

@@ -300,7 +300,7 @@ def memory(shape: Shape, step: Step, method: str) -> Memory:
     loss = {"activations": kept, "hidden states": (6 if method == "balora" else 2) * n * d}
     loss |= loss_tensors(shape, step, method)
     if ranks > 1:
-        unit = 2 * (layer_weights(shape) + a // layers)
+        unit = 2 * layer_weights(shape) + (4 if method == "balora" else 2) * a // layers
         held = {"gathered embedding": 2 * v * d * (2 if method == "published" else 1)}
         # FSDP2 keeps the buffer of a gather beside the weights until the next unit is gathered.
         loss |= held | {"gathered head": 2 * v * d * {"balora": 2, "published": 0}.get(method, 1)}
@@ -314,13 +314,13 @@ def memory(shape: Shape, step: Step, method: str) -> Memory:
 def gathered(shape: Shape, step: Step, method: str) -> int:
     """Bytes of a step's all-gathers, as every rank holds them afterwards (of which it receives (R − 1)/R).
 
-    Every layer, with its adapters in bfloat16, is gathered for the forward and again for the backward (in which a
-    checkpointed layer is also recomputed); the head likewise; the embedding once. The teacher of balora is one more
-    forward through the same layers, adapters and all; it needs no head; and one layer is prefetched in vain. The
-    published second model is gathered once, its head too; its embedding stays.
+    Every layer, with its adapters in bfloat16 (balora: in float32), is gathered for the forward and again for the
+    backward (in which a checkpointed layer is also recomputed); the head likewise; the embedding once. The teacher of
+    balora is one more forward through the same layers, adapters and all; it needs no head; and one layer is prefetched
+    in vain. The published second model is gathered once, its head too; its embedding stays.
     """
-    unit = 2 * (layer_weights(shape) + shape.norms * shape.d + adapter_parameters(shape, step.r) // shape.layers)
     base = 2 * (layer_weights(shape) + shape.norms * shape.d)
+    unit = base + (4 if method == "balora" else 2) * adapter_parameters(shape, step.r) // shape.layers
     matrix = 2 * shape.vocab * shape.d
     total = 2 * shape.layers * unit + 3 * matrix
     if method == "balora":

@@ -97,7 +97,7 @@ def _simulate(setting: Setting, ledger: Ledger) -> Simulated:
     if setting.ranks > 1:
         for module in (model, teacher):
             if module is not None:
-                shard(module, setting.ranks)
+                shard(module, setting.ranks, setting.method == "balora")
     prepared = accelerator.prepare_model(model.train())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         ledger.add(tensor, _kind(name))
@@ -221,11 +221,12 @@ def to_fake(model: nn.Module) -> None:
                 tensors[name] = known[id(tensor)]
 
 
-def shard(model: nn.Module, ranks: int) -> None:
-    """FSDP2 as Accelerate sets it up: every layer, the head and the rest a unit of its own, gathered in bfloat16."""
+def shard(model: nn.Module, ranks: int, as_stored: bool) -> None:
+    """FSDP2 as Accelerate sets it up: every layer, the head and the rest a unit of its own, gathered in bfloat16; or in
+    the types that the weights have, as ``BALoraTrainer`` asks for."""
     mesh = init_device_mesh("cpu", (ranks,))
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    policy = MixedPrecisionPolicy(None if as_stored else torch.bfloat16, torch.float32)
     with FAKE:
         for unit in (*base.get_decoder().layers, base.get_output_embeddings(), model):
             fully_shard(unit, mesh=mesh, mp_policy=policy)

@@ -69,7 +69,8 @@ MAY_IMPORT = {
     },
     "principal": {"torch", "balora.functional"},
     "four_bit": {"torch", "bitsandbytes"},
-    "adapters": {"torch", "peft", "safetensors", "balora.four_bit", "balora.sharding"},
+    "adapter_paths": {"torch"},
+    "adapters": {"torch", "peft", "safetensors", "balora.adapter_paths", "balora.four_bit", "balora.sharding"},
     "sharding": {"torch", "transformers", "deepspeed"},
     "targets": {"torch", "transformers"},
     "pissa": {

@@ -1,5 +1,6 @@
 """Two processes train what one does: FSDP2 by hand and through Accelerate, ZeRO, and a process that is killed."""
 
+import ast
 import json
 import os
 import subprocess
@@ -157,6 +158,22 @@ def trained_and_resumed(config, alone, folder, **environment):
 
 def test_balora_train_with_fsdp2(alone, tmp_path):
     trained_and_resumed(EXAMPLES / "fsdp2.yaml", alone, tmp_path)
+
+
+def test_balora_train_with_fsdp2_on_a_bfloat16_base(alone, tmp_path):
+    """Accelerate's policy, which would round A and B, and the loss to steps of 0.03, is not asked."""
+    values, _ = alone
+    more = dict(dtype="bfloat16", bf16=True, max_steps=3, logging_steps=1, save_strategy="no", lambda_diversity=0.0)
+    words = json.dumps([train({**values, **more}, tmp_path / "run")], default=str)
+    status, text = finished(accelerate(EXAMPLES / "fsdp2.yaml", ROOT / "tests" / "launched.py", words))
+    assert status == 0, text
+    logs = [ast.literal_eval(line) for line in text.splitlines() if line.startswith("{'loss'")]
+    assert len(logs) == 3
+    assert float(logs[0]["consistency"]) == 0
+    assert float(logs[-1]["consistency"]) > 0
+    for log in logs:
+        weighted = float(log["ce"]) + float(log["lambda_consistency"]) * float(log["consistency"])
+        assert float(log["loss"]) == pytest.approx(weighted, abs=2e-3)
 
 
 def test_balora_train_with_zero_3(alone, tmp_path):

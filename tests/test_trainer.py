@@ -15,8 +15,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, TrainingArguments, default_data_collator
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
 
 import balora
 from balora import BALoraConfig, cli
@@ -221,6 +228,33 @@ def test_fsdp_version_1_is_refused():
             BALoraCallback().on_train_begin(None, TrainerState(), None, model=wrapped)
     finally:
         torch.distributed.destroy_process_group()
+
+
+POLICIES = {
+    "half precision base": (torch.bfloat16, {}, True),
+    "float32 base": (torch.float32, {}, False),
+    "trained head": (torch.bfloat16, dict(modules_to_save=["lm_head"]), False),
+    "residual form": (torch.bfloat16, dict(form="residual"), False),
+}
+
+
+@pytest.mark.parametrize("case", POLICIES)
+def test_fsdp2_gathers_adapters_in_float32_where_the_base_is_in_half_precision(case, tmp_path, monkeypatch):
+    dtype, options, replaced = POLICIES[case]
+    model = balora.attach(balora.get_pissa_model(tiny_llama(dtype=dtype), r=4, **options), CONFIG)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    begin = Trainer.__init__
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)  # what Accelerate makes of --bf16
+
+    def with_plugin(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        plugin = types.SimpleNamespace(mixed_precision_policy=policy)
+        monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+
+    monkeypatch.setattr(Trainer, "__init__", with_plugin)
+    trainer = BALoraTrainer(model, arguments, train_dataset=examples())
+    expected = MixedPrecisionPolicy(None, torch.float32) if replaced else policy
+    assert trainer.accelerator.state.fsdp_plugin.mixed_precision_policy == expected
 
 
 def test_evaluation_metrics_early_stopping_and_the_best_model(tmp_path):
