@@ -37,6 +37,11 @@ class _Frozen(nn.Module):
         super().__init__()
         self.register_buffer(adapter, tensor)
 
+    def as_parameters(self) -> None:
+        for name, tensor in list(self.named_buffers()):
+            delattr(self, name)
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
 
 def _casts_by_itself(module: Any, args: tuple[Any, ...]) -> None:
     """Before a forward: peft hands the input over as it is where the offset adapter is the only active one."""
@@ -161,12 +166,14 @@ def frozen(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def check_alike(model: nn.Module, device: torch.device) -> None:
-    """Raise where the processes have other A₀ and B₀. All of them have to ask, with a device that they communicate by.
+    """Raise where the processes have other A₀ and B₀. All of them have to ask, with a device that they communicate by,
+    before the factors are sharded.
 
     DDP makes parameters and buffers alike when it wraps a model; FSDP and ZeRO leave each process its own buffers, and
     FSDP its own slices of A and B too. A decomposition by another kind of device has other bits.
     """
     tensors = [t for m in model.modules() if form_of(m) is not None for t in frozen(m, ADAPTER)]
+    tensors = [t for t in tensors if not hasattr(t, "full_tensor")]
     if not tensors:
         return
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -179,6 +186,18 @@ def check_alike(model: nn.Module, device: torch.device) -> None:
             f"model: expected the same PiSSA factors in all processes, found others in {differ} of {len(tensors)}: are "
             "their devices of different kinds? Wrap the model on one of them, save it, and load its adapters in all"
         )
+
+
+def shard_frozen_factors(model: nn.Module) -> None:
+    """Let ``fully_shard``, which comes after, spread A₀ and B₀ of the offset form over the processes like the weights.
+
+    They are buffers otherwise, which are whole in every process: r·(in + out) numbers for each adapted layer. As frozen
+    parameters they are gathered with their layer. Not for DeepSpeed, which leaves frozen parameters out of checkpoints.
+    """
+    for module in model.modules():
+        if form_of(module) == "offset":
+            for name in FROZEN["offset"]:
+                module.get_submodule(name).as_parameters()  # type: ignore[operator]
 
 
 def warn_of_rounding(model: nn.Module) -> None:
@@ -201,8 +220,9 @@ def initial_scaling(module: LoraLayer, adapter: str) -> float:
 
 def factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """left [out, 2r], right [2r, in] in float64 with left·right = s·(BA − B₀A₀), the change of W."""
-    a, b = full(module.lora_A[adapter].weight), full(module.lora_B[adapter].weight)
-    return side_by_side(a, b, *frozen(module, adapter), module.scaling[adapter], initial_scaling(module, adapter))
+    tensors = module.lora_A[adapter].weight, module.lora_B[adapter].weight, *frozen(module, adapter)
+    a, b, a0, b0 = map(full, tensors)
+    return side_by_side(a, b, a0, b0, module.scaling[adapter], initial_scaling(module, adapter))
 
 
 def side_by_side(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, s: float, s0: float) -> tuple[Tensor, Tensor]:

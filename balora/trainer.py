@@ -26,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
-from .adapters import check_alike, form_of, warn_of_rounding
+from .adapters import check_alike, form_of, shard_frozen_factors, warn_of_rounding
 from .functional import BALoraOutput
 from .modeling import attachment, set_progress
 from .sharding import check_engine
@@ -132,8 +132,8 @@ class BALoraMixin:
     In training the loss is what the attached forward returns, as Hugging Face's Trainer takes it, whatever
     ``compute_loss`` the class has; ``BALoraCallback`` stands in front of every reporter; adapters keep their type.
     Evaluation is the class's own. DDP sends the buffers, A₀ and B₀ among them, once and not before every forward,
-    unless ``ddp_broadcast_buffers`` asks for it. FSDP2 gathers the adapters of a half precision base in float32, so
-    that layers see all that changes of them: Accelerate's policy for bf16 and fp16 gives way to that.
+    unless ``ddp_broadcast_buffers`` asks for it. FSDP2 shards A₀ and B₀, and gathers the adapters of a half precision
+    base in float32, so that layers see all that changes of them: Accelerate's policy for bf16 gives way to that.
 
     TRL's SFTTrainer (tried: 0.27, 1.0, 1.8 and 1.16) makes its loss around the model's forward. What follows for it:
 
@@ -158,8 +158,29 @@ class BALoraMixin:
         for p, data in trained:
             if p.dtype != data.dtype:  # TRL rounds adapters on a 4-bit model: they would not start as their teacher
                 p.data = data.to(p.device)
-        _gather_as_stored(self.accelerator, self.model)  # type: ignore[attr-defined]
+        self._prepare_for_fsdp2()
         self.callback_handler.callbacks.insert(0, BALoraCallback())  # type: ignore[attr-defined]
+
+    def _prepare_for_fsdp2(self) -> None:
+        """Before Accelerate shards the model: A₀ and B₀ are sharded too, and A and B are gathered as they are stored.
+
+        Accelerate's policy for mixed precision gathers A and B in half precision, which hides what has changed of them
+        by less than half a step of that type. Layers of the offset form multiply in the type of their input, whatever A
+        and B have; where anything else is trained, or the base is in float32, the policy stays.
+        """
+        args, model = self.args, self.model  # type: ignore[attr-defined]
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)  # type: ignore[attr-defined]
+        if getattr(plugin, "fsdp_version", 1) != 2:
+            return
+        if args.world_size > 1:
+            check_alike(model, args.device)
+        shard_frozen_factors(model)
+        policy = plugin.mixed_precision_policy
+        own = {p for m in model.modules() if form_of(m) == "offset" for p in m.parameters()}
+        alone = all(p in own for p in model.parameters() if p.requires_grad)
+        types = {p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad}
+        if policy is not None and alone and types == {policy.param_dtype}:
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
 
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """In training ``Trainer.compute_loss``, which asks the model; in evaluation that of the class."""
@@ -168,24 +189,6 @@ class BALoraMixin:
         if model.training:
             return Trainer.compute_loss(self, model, *args, **kwargs)
         return super().compute_loss(model, *args, **kwargs)  # type: ignore[misc]
-
-
-def _gather_as_stored(accelerator: Any, model: torch.nn.Module) -> None:
-    """Let Accelerate's FSDP2 gather weights in the types that they have: a half precision base, and A and B in float32.
-
-    Its policy for mixed precision gathers A and B in half precision too, which hides what has changed of them by less
-    than half a step of that type. Layers of the offset form multiply in the type of their input, whatever A and B have;
-    where anything else is trained, or the base is in float32, the policy stays.
-    """
-    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
-    policy = getattr(plugin, "mixed_precision_policy", None)
-    if not isinstance(policy, MixedPrecisionPolicy):
-        return
-    own = {p for m in model.modules() if form_of(m) == "offset" for p in m.parameters()}
-    alone = all(p in own for p in model.parameters() if p.requires_grad)
-    types = {p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad}
-    if alone and types == {policy.param_dtype}:
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
 
 
 class BALoraTrainer(BALoraMixin, Trainer):

@@ -261,7 +261,7 @@ def memory(shape: Shape, step: Step, method: str) -> Memory:
     """Peak bytes of a rank, by part.
 
     Full fine-tuning: weights, gradients and both AdamW states in bfloat16, 8·P. Adapters in float32 with gradients and
-    states, 16·a. balora: A₀, B₀ in bfloat16, 2·a, whole in every rank; G and its factor, 8·d². With checkpointing a
+    states, 16·a. balora: A₀, B₀ in bfloat16, 2·a; G and its factor, 8·d², whole in every rank. With checkpointing a
     layer keeps its input, 2·N·d, and one layer at a time is computed again. FSDP2 holds a share 1/R of weights,
     adapters, gradients and states; gathered are the embedding (from the first forward to the end of the backward), the
     head, and in the backward a layer and the buffer of the next one.
@@ -277,7 +277,7 @@ def memory(shape: Shape, step: Step, method: str) -> Memory:
     if method == "published":
         trained["second model"] = 2 * p // ranks
     if method == "balora":
-        trained["A0, B0"] = 2 * a
+        trained["A0, B0"] = 2 * a // ranks
         trained["Gram matrix and factor"] = 0 if shape.softcap else 8 * d**2
 
     layer = saved_by_a_layer(shape, step, method)
@@ -300,7 +300,7 @@ def memory(shape: Shape, step: Step, method: str) -> Memory:
     loss = {"activations": kept, "hidden states": (6 if method == "balora" else 2) * n * d}
     loss |= loss_tensors(shape, step, method)
     if ranks > 1:
-        unit = 2 * layer_weights(shape) + (4 if method == "balora" else 2) * a // layers
+        unit = 2 * layer_weights(shape) + (6 if method == "balora" else 2) * a // layers
         held = {"gathered embedding": 2 * v * d * (2 if method == "published" else 1)}
         # FSDP2 keeps the buffer of a gather beside the weights until the next unit is gathered.
         loss |= held | {"gathered head": 2 * v * d * {"balora": 2, "published": 0}.get(method, 1)}
@@ -314,13 +314,13 @@ def memory(shape: Shape, step: Step, method: str) -> Memory:
 def gathered(shape: Shape, step: Step, method: str) -> int:
     """Bytes of a step's all-gathers, as every rank holds them afterwards (of which it receives (R − 1)/R).
 
-    Every layer, with its adapters in bfloat16 (balora: in float32), is gathered for the forward and again for the
-    backward (in which a checkpointed layer is also recomputed); the head likewise; the embedding once. The teacher of
-    balora is one more forward through the same layers, adapters and all; it needs no head; and one layer is prefetched
-    in vain. The published second model is gathered once, its head too; its embedding stays.
+    Every layer, with its adapters in bfloat16 (balora: in float32, and A₀, B₀), is gathered for the forward and again
+    for the backward (in which a checkpointed layer is also recomputed); the head likewise; the embedding once. The
+    teacher of balora is one more forward through the same layers, adapters and all; it needs no head; and one layer is
+    prefetched in vain. The published second model is gathered once, its head too; its embedding stays.
     """
     base = 2 * (layer_weights(shape) + shape.norms * shape.d)
-    unit = base + (4 if method == "balora" else 2) * adapter_parameters(shape, step.r) // shape.layers
+    unit = base + (6 if method == "balora" else 2) * adapter_parameters(shape, step.r) // shape.layers
     matrix = 2 * shape.vocab * shape.d
     total = 2 * shape.layers * unit + 3 * matrix
     if method == "balora":

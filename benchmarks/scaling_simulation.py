@@ -97,7 +97,7 @@ def _simulate(setting: Setting, ledger: Ledger) -> Simulated:
     if setting.ranks > 1:
         for module in (model, teacher):
             if module is not None:
-                shard(module, setting.ranks, setting.method == "balora")
+                shard(module, setting.ranks, setting.method)
     prepared = accelerator.prepare_model(model.train())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         ledger.add(tensor, _kind(name))
@@ -221,13 +221,15 @@ def to_fake(model: nn.Module) -> None:
                 tensors[name] = known[id(tensor)]
 
 
-def shard(model: nn.Module, ranks: int, as_stored: bool) -> None:
-    """FSDP2 as Accelerate sets it up: every layer, the head and the rest a unit of its own, gathered in bfloat16; or in
-    the types that the weights have, as ``BALoraTrainer`` asks for."""
+def shard(model: nn.Module, ranks: int, method: str) -> None:
+    """FSDP2 as Accelerate sets it up: every layer, the head and the rest a unit of its own, gathered in bfloat16. With
+    balora as ``BALoraTrainer`` does it: A₀ and B₀ sharded too, everything gathered in the type that it has."""
     mesh = init_device_mesh("cpu", (ranks,))
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    policy = MixedPrecisionPolicy(None if as_stored else torch.bfloat16, torch.float32)
+    policy = MixedPrecisionPolicy(None if method == "balora" else torch.bfloat16, torch.float32)
     with FAKE:
+        if method == "balora":
+            adapters.shard_frozen_factors(model)
         for unit in (*base.get_decoder().layers, base.get_output_embeddings(), model):
             fully_shard(unit, mesh=mesh, mp_policy=policy)
 

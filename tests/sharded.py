@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import balora
 from balora import BALoraConfig, spectral
+from balora.adapters import shard_frozen_factors
 from tests.conftest import batch, tiny_llama
 
 CONFIG = BALoraConfig(
@@ -37,6 +38,7 @@ class Case:
     lambda_svd: float = 0.0
     checkpointing: bool = False
     bfloat16: bool = False  # gathered and computed in bfloat16
+    frozen: bool = False  # A₀ and B₀ sharded too
 
 
 ALL = ["q_proj", "v_proj", "up_proj", "lm_head"]
@@ -52,6 +54,7 @@ CASES = {
     "bfloat16 base": Case("head", model=dict(dtype=torch.bfloat16)),
     "mixed precision": Case("head", bfloat16=True),
     "svd": Case("head", lambda_svd=1.0),
+    "frozen factors": Case("head", pissa=dict(target_modules=ALL), checkpointing=True, frozen=True),
 }
 
 
@@ -67,6 +70,8 @@ def build(case):
 
 def shard(model, case):
     base = model.get_base_model()
+    if case.frozen:
+        shard_frozen_factors(model)
     policy = dict(mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32)) if case.bfloat16 else {}
     for layer in base.model.layers:
         fully_shard(layer, **policy)
@@ -154,6 +159,7 @@ def run(case, out):
         logits=(logits[0] - logits[1]).abs().max().item(),
         teacher=(pre_trained - before).abs().max().item(),
         grams=grams.count(97),
+        factors=sum(p.to_local().numel() for n, p in together.named_parameters() if "lora_offset_" in n),
     )
 
 

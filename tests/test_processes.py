@@ -75,6 +75,12 @@ def test_fsdp2_trains_what_one_process_does(sharded, name):
         assert found["teacher"] <= (0 if exact else 1e-6)
 
 
+def test_frozen_factors_are_spread_where_they_are_parameters(sharded):
+    # r·(in + out) of q, v, up in two layers and of the head, divided by two; of the head's 97 rows the first has 49
+    assert sharded[1]["frozen factors"]["factors"] == 4 * ((2 * (32 + 32 + 32 + 16 + 32 + 48) + 32) // 2 + 49)
+    assert sharded[1]["layers"]["factors"] == 0  # buffers
+
+
 def test_the_gram_matrix_of_a_head_that_is_gathered_in_every_step_is_computed_once(sharded):
     assert sharded[1]["svd"]["grams"] == 1
 

@@ -199,7 +199,7 @@ def test_two_processes_log_what_one_does(runs, how):
 
 def test_processes_with_other_factors_are_refused(monkeypatch):
     model = balora.attach(balora.get_pissa_model(tiny_llama(), r=4), CONFIG)
-    args = types.SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    args = types.SimpleNamespace(world_size=2, device=torch.device("cpu"), deepspeed_plugin=None)
     layer = next(m for m in model.modules() if hasattr(m, "lora_offset_A"))
     other = layer.lora_offset_A.default.clone()
 
@@ -239,22 +239,30 @@ POLICIES = {
 
 
 @pytest.mark.parametrize("case", POLICIES)
-def test_fsdp2_gathers_adapters_in_float32_where_the_base_is_in_half_precision(case, tmp_path, monkeypatch):
+def test_what_fsdp2_is_given(case, tmp_path, monkeypatch):
+    """Frozen factors that it shards, and adapters that it gathers in float32 where the base is in half precision."""
     dtype, options, replaced = POLICIES[case]
     model = balora.attach(balora.get_pissa_model(tiny_llama(dtype=dtype), r=4, **options), CONFIG)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     arguments = TrainingArguments(str(tmp_path), use_cpu=True)
     begin = Trainer.__init__
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)  # what Accelerate makes of --bf16
 
     def with_plugin(self, *args, **kwargs):
         begin(self, *args, **kwargs)
-        plugin = types.SimpleNamespace(mixed_precision_policy=policy)
+        plugin = types.SimpleNamespace(fsdp_version=2, mixed_precision_policy=policy)
         monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
 
     monkeypatch.setattr(Trainer, "__init__", with_plugin)
     trainer = BALoraTrainer(model, arguments, train_dataset=examples())
     expected = MixedPrecisionPolicy(None, torch.float32) if replaced else policy
     assert trainer.accelerator.state.fsdp_plugin.mixed_precision_policy == expected
+    factors = {name: p.requires_grad for name, p in model.named_parameters() if "lora_offset_" in name}
+    assert len(factors) == (0 if "form" in options else 28)
+    assert not any(factors.values())
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def test_evaluation_metrics_early_stopping_and_the_best_model(tmp_path):
