@@ -33,8 +33,8 @@ class OffsetPath(torch.autograd.Function):
 
     The differences are taken before anything is rounded, so that every rounding is relative to what training has
     changed. On a half precision base A and B start at numbers of that type: rounded to it by themselves they would stay
-    there until an update reaches half a step of it (2⁻⁹ of an entry in bfloat16; at a learning rate of 2e-5 that takes
-    many steps), and the student would be the teacher meanwhile. Without a change the result is exactly 0.
+    there until an update reaches half a step of it (2⁻⁹ to 2⁻⁸ of an entry in bfloat16; at a learning rate of 2e-5 that
+    takes many steps), and the student would be the teacher meanwhile. Without a change the result is exactly 0.
 
     Keeps x as the layer got it, or rounded to ``dtype`` where that is smaller: in a half precision model layers that
     share an input share it. With modules in its place every layer would keep an x of its own, and autocast rounded
@@ -125,9 +125,9 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The type to multiply in: autocast's, else that of x in a half precision model, else that of A and B."""
+    """The type to multiply in: autocast's, else bfloat16 where x is, else that of A and B."""
     device = x.device.type
     available = torch.amp.is_autocast_available(device)
     if available and torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, weight.dtype):
         return torch.get_autocast_dtype(device)
-    return x.dtype if x.dtype.itemsize == 2 else weight.dtype
+    return x.dtype if x.dtype == torch.bfloat16 else weight.dtype

@@ -18,6 +18,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
 
 from .adapter_paths import FrozenPath, OffsetPath, ResidualPath, product_dtype
 from .four_bit import dequantized, is_4bit
@@ -192,12 +193,35 @@ def shard_frozen_factors(model: nn.Module) -> None:
     """Let ``fully_shard``, which comes after, spread A₀ and B₀ of the offset form over the processes like the weights.
 
     They are buffers otherwise, which are whole in every process: r·(in + out) numbers for each adapted layer. As frozen
-    parameters they are gathered with their layer. Not for DeepSpeed, which leaves frozen parameters out of checkpoints.
+    parameters they are gathered with their layer. Not for DeepSpeed, which leaves frozen parameters out of checkpoints;
+    so does Accelerate: ``restore_frozen_factors``.
     """
     for module in model.modules():
         if form_of(module) == "offset":
             for name in FROZEN["offset"]:
                 module.get_submodule(name).as_parameters()  # type: ignore[operator]
+
+
+@torch.no_grad()
+def restore_frozen_factors(model: nn.Module, folder: str | Path) -> None:
+    """Take sharded A₀ and B₀ from the adapters of a checkpoint: Accelerate's own files of FSDP2 are without them.
+
+    All processes have to ask, and see the folder; where it has no adapters beside those files, these are complete.
+    """
+    path = Path(folder) / "adapter_model.safetensors"
+    layers = [
+        (n, m)
+        for n, m in model.named_modules()
+        if form_of(m) == "offset" and hasattr(frozen(m, ADAPTER)[0], "device_mesh")
+    ]
+    if not layers or not path.is_file():
+        return
+    with safe_open(path, framework="pt") as file:
+        for name, module in layers:
+            own: Any
+            for factor, own in zip(FROZEN["offset"], frozen(module, ADAPTER), strict=True):
+                saved = file.get_tensor(f"{name}.{factor}").to(own.dtype)
+                own.to_local().copy_(distribute_tensor(saved, own.device_mesh, own.placements).to_local())
 
 
 def warn_of_rounding(model: nn.Module) -> None:

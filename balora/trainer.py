@@ -25,8 +25,16 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
+from transformers.utils import is_accelerate_available
 
-from .adapters import check_alike, form_of, shard_frozen_factors, warn_of_rounding
+from .adapters import (
+    ADAPTER,
+    check_alike,
+    form_of,
+    restore_frozen_factors,
+    shard_frozen_factors,
+    warn_of_rounding,
+)
 from .functional import BALoraOutput
 from .modeling import attachment, set_progress
 from .sharding import check_engine
@@ -132,8 +140,8 @@ class BALoraMixin:
     In training the loss is what the attached forward returns, as Hugging Face's Trainer takes it, whatever
     ``compute_loss`` the class has; ``BALoraCallback`` stands in front of every reporter; adapters keep their type.
     Evaluation is the class's own. DDP sends the buffers, A₀ and B₀ among them, once and not before every forward,
-    unless ``ddp_broadcast_buffers`` asks for it. FSDP2 shards A₀ and B₀, and gathers the adapters of a half precision
-    base in float32, so that layers see all that changes of them: Accelerate's policy for bf16 gives way to that.
+    unless ``ddp_broadcast_buffers`` asks for it. FSDP2 shards A₀ and B₀, and gathers the adapters of a bfloat16 base
+    in float32, so that layers see all that changes of them: Accelerate's policy for bf16 gives way to that.
 
     TRL's SFTTrainer (tried: 0.27, 1.0, 1.8 and 1.16) makes its loss around the model's forward. What follows for it:
 
@@ -164,9 +172,9 @@ class BALoraMixin:
     def _prepare_for_fsdp2(self) -> None:
         """Before Accelerate shards the model: A₀ and B₀ are sharded too, and A and B are gathered as they are stored.
 
-        Accelerate's policy for mixed precision gathers A and B in half precision, which hides what has changed of them
-        by less than half a step of that type. Layers of the offset form multiply in the type of their input, whatever A
-        and B have; where anything else is trained, or the base is in float32, the policy stays.
+        Accelerate's policy for bf16 gathers A and B in that, which hides what has changed of them
+        by less than half a step of it. Layers of the offset form multiply bfloat16 inputs in bfloat16, whatever
+        A and B have; where anything else is trained, or the base is not in bfloat16, the policy stays.
         """
         args, model = self.args, self.model  # type: ignore[attr-defined]
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)  # type: ignore[attr-defined]
@@ -175,12 +183,21 @@ class BALoraMixin:
         if args.world_size > 1:
             check_alike(model, args.device)
         shard_frozen_factors(model)
-        policy = plugin.mixed_precision_policy
-        own = {p for m in model.modules() if form_of(m) == "offset" for p in m.parameters()}
+        # Of two trainers with the same arguments the second must not find what the first has left.
+        policy = vars(plugin).setdefault("_policy_of_accelerate", plugin.mixed_precision_policy)
+        layers: Any = [m for m in model.modules() if form_of(m) == "offset"]
+        own = {p for m in layers for p in (m.lora_A[ADAPTER].weight, m.lora_B[ADAPTER].weight)}
         alone = all(p in own for p in model.parameters() if p.requires_grad)
         types = {p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad}
-        if policy is not None and alone and types == {policy.param_dtype}:
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        bf16 = policy is not None and policy.param_dtype == torch.bfloat16 and types == {torch.bfloat16}
+        leaves_base = is_accelerate_available("1.13")  # before, it makes frozen weights float32 too
+        plugin.mixed_precision_policy = (
+            MixedPrecisionPolicy(reduce_dtype=torch.float32) if bf16 and alone and leaves_base else policy
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        restore_frozen_factors(self.model, resume_from_checkpoint)  # type: ignore[attr-defined]
 
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """In training ``Trainer.compute_loss``, which asks the model; in evaluation that of the class."""

@@ -270,7 +270,7 @@ def table_of_70b(rows: list[dict[str, str]]) -> str:
 def teacher_traffic() -> str:
     """When the gathers of the teacher's forward hide behind its products."""
     shape, step = Shape.of(LLAMA_3_70B), Step(ranks=8)
-    received = (counts.gathered(shape, step, "balora") - counts.gathered(shape, step, "pissa")) * 7 / 8
+    received = counts.gathered_by_teacher(shape, step) * 7 / 8
     compute = counts.flops(shape, step, "balora")["teacher"] / HALF_RATE
     hidden = step.tokens * received / LINK / compute
     return (

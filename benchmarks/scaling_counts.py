@@ -319,15 +319,25 @@ def gathered(shape: Shape, step: Step, method: str) -> int:
     teacher of balora is one more forward through the same layers, adapters and all; it needs no head; and one layer is
     prefetched in vain. The published second model is gathered once, its head too; its embedding stays.
     """
-    base = 2 * (layer_weights(shape) + shape.norms * shape.d)
-    unit = base + (6 if method == "balora" else 2) * adapter_parameters(shape, step.r) // shape.layers
+    base, unit = _units(shape, step, method)
     matrix = 2 * shape.vocab * shape.d
     total = 2 * shape.layers * unit + 3 * matrix
     if method == "balora":
-        total += (shape.layers + 1) * unit
+        total += gathered_by_teacher(shape, step)
     if method == "published":
         total += shape.layers * base + matrix
     return total
+
+
+def gathered_by_teacher(shape: Shape, step: Step) -> int:
+    """The part of balora's that its teacher's forward is the reason of."""
+    return (shape.layers + 1) * _units(shape, step, "balora")[1]
+
+
+def _units(shape: Shape, step: Step, method: str) -> tuple[int, int]:
+    """Bytes of a layer's gather, without its adapters and with them."""
+    base = 2 * (layer_weights(shape) + shape.norms * shape.d)
+    return base, base + (6 if method == "balora" else 2) * adapter_parameters(shape, step.r) // shape.layers
 
 
 def scattered(shape: Shape, step: Step) -> int:

@@ -1,7 +1,8 @@
 """Commands of balora in one process of several: ``… tests/launched.py '[["train", "--model", …], …]'``.
 
 Accelerate takes FSDP for several GPUs only and trains with DDP, without a word, on CPUs. Here CPUs pass for GPUs.
-With KILL_AT=step in the environment the second process dies after that step.
+With KILL_AT=step in the environment the second process dies after that step; with OTHER_FACTORS=1 the decompositions of
+all commands but the first have other signs, as another machine's may.
 """
 
 import json
@@ -16,7 +17,7 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from balora import cli
+from balora import cli, principal
 from balora import train as run
 
 
@@ -51,6 +52,11 @@ def die_at(step):
     run.train = until_then
 
 
+def other_signs():
+    factors = principal.factors
+    principal.factors = lambda *args, **kwargs: [(-b0, -a0) for b0, a0 in factors(*args, **kwargs)]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -60,6 +66,8 @@ if __name__ == "__main__":
     for command in json.loads(sys.argv[1]):
         if status := cli.main(command):
             sys.exit(status)
+        if "OTHER_FACTORS" in os.environ:
+            other_signs()
     if torch.distributed.is_initialized():  # threads that are still there at the end of a process abort it
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -54,7 +54,8 @@ CASES = {
     "bfloat16 base": Case("head", model=dict(dtype=torch.bfloat16)),
     "mixed precision": Case("head", bfloat16=True),
     "svd": Case("head", lambda_svd=1.0),
-    "frozen factors": Case("head", pissa=dict(target_modules=ALL), checkpointing=True, frozen=True),
+    "frozen factors": Case("head", pissa=dict(target_modules=ALL), frozen=True),
+    "frozen factors, checkpointing": Case(checkpointing=True, frozen=True),
 }
 
 

@@ -40,7 +40,8 @@ def finished(command, **environment):
 
 
 def accelerate(config, *command):
-    return [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config, *command]
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]  # 0: one that is free
+    return [sys.executable, *launch, "--config_file", config, *command]
 
 
 # ---- FSDP2 by hand ----
@@ -145,10 +146,16 @@ def trained_and_resumed(config, alone, folder, **environment):
         train(values, folder / "b", resume_from_checkpoint=folder / "a" / "checkpoint-3"),
     ]
     words = json.dumps(commands, default=str)
+    environment["OTHER_FACTORS"] = "1"  # those of the checkpoint have to win
     status, text = finished(accelerate(config, ROOT / "tests" / "launched.py", words), **environment)
     assert status == 0, text
+    start = load_file(folder / "a" / "checkpoint-3" / "adapter_model.safetensors")
     for name in "ab":
         assert_same_run(folder / name, run)
+        end = load_file(folder / name / "checkpoint-6" / "adapter_model.safetensors")
+        factors = [key for key in start if "lora_offset_" in key]
+        assert len(factors) == 28
+        assert all(torch.equal(end[key], start[key]) for key in factors)
         assert (
             text.count(f"LoRA:  {folder / name}") == text.count(f"report: {folder / name}") == 1
         )  # one process says it

@@ -230,39 +230,58 @@ def test_fsdp_version_1_is_refused():
         torch.distributed.destroy_process_group()
 
 
+# base, options of get_pissa_model, a weight that is trained too, whether Accelerate's policy for bf16 goes
 POLICIES = {
-    "half precision base": (torch.bfloat16, {}, True),
-    "float32 base": (torch.float32, {}, False),
-    "trained head": (torch.bfloat16, dict(modules_to_save=["lm_head"]), False),
-    "residual form": (torch.bfloat16, dict(form="residual"), False),
+    "bfloat16 base": (torch.bfloat16, {}, None, True),
+    "float32 base": (torch.float32, {}, None, False),
+    "float16 base": (torch.float16, {}, None, False),
+    "trained head": (torch.bfloat16, dict(modules_to_save=["lm_head"]), None, False),
+    "trained layer": (torch.bfloat16, {}, "q_proj.base_layer", False),
+    "residual form": (torch.bfloat16, dict(form="residual"), None, False),
 }
 
 
 @pytest.mark.parametrize("case", POLICIES)
 def test_what_fsdp2_is_given(case, tmp_path, monkeypatch):
-    """Frozen factors that it shards, and adapters that it gathers in float32 where the base is in half precision."""
-    dtype, options, replaced = POLICIES[case]
+    """Frozen factors that it shards, and adapters that it gathers in float32 where the base is in bfloat16."""
+    dtype, options, trained, replaced = POLICIES[case]
     model = balora.attach(balora.get_pissa_model(tiny_llama(dtype=dtype), r=4, **options), CONFIG)
+    for name, p in model.named_parameters():
+        if trained and trained in name:
+            p.requires_grad_(True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    compared = []
+
+    def check_alike(model, device):
+        compared.append(sum("lora_offset_" in name for name, _ in model.named_buffers()))
+
+    monkeypatch.setattr("balora.trainer.check_alike", check_alike)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
     arguments = TrainingArguments(str(tmp_path), use_cpu=True)
     begin = Trainer.__init__
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)  # what Accelerate makes of --bf16
+    plugin = types.SimpleNamespace(fsdp_version=2, mixed_precision_policy=policy)
 
     def with_plugin(self, *args, **kwargs):
+        AcceleratorState._shared_state.pop("fsdp_plugin", None)
         begin(self, *args, **kwargs)
-        plugin = types.SimpleNamespace(fsdp_version=2, mixed_precision_policy=policy)
         monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
 
     monkeypatch.setattr(Trainer, "__init__", with_plugin)
-    trainer = BALoraTrainer(model, arguments, train_dataset=examples())
-    expected = MixedPrecisionPolicy(None, torch.float32) if replaced else policy
-    assert trainer.accelerator.state.fsdp_plugin.mixed_precision_policy == expected
+    BALoraTrainer(model, arguments, train_dataset=examples())
+    offset = 0 if "form" in options else 28
+    assert compared == [offset]  # of all processes, as long as they are whole
+    assert plugin.mixed_precision_policy == (MixedPrecisionPolicy(None, torch.float32) if replaced else policy)
     factors = {name: p.requires_grad for name, p in model.named_parameters() if "lora_offset_" in name}
-    assert len(factors) == (0 if "form" in options else 28)
+    assert len(factors) == offset
     assert not any(factors.values())
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    # another trainer with the same plugin finds the policy as it was
+    wide = balora.attach(balora.get_pissa_model(tiny_llama(), r=4), CONFIG)
+    BALoraTrainer(wide, arguments, train_dataset=examples())
+    assert plugin.mixed_precision_policy == policy
 
 
 def test_evaluation_metrics_early_stopping_and_the_best_model(tmp_path):
