@@ -75,7 +75,7 @@ class ResidualPath(torch.autograd.Function):
         ctx.save_for_backward(rounded if dtype.itemsize < x.dtype.itemsize else x, seen, a, b)
         ctx.scaling, ctx.dtype, ctx.input_dtype = scaling, dtype, x.dtype
         initial = F.linear(F.linear(rounded, a0.to(dtype)), b0.to(dtype))
-        return result.add_(initial * scaling)
+        return result + initial * scaling  # in place, the gradients are lost where torch 2.11 compiles this
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -126,8 +126,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The type to multiply in: autocast's, else bfloat16 where x is, else that of A and B."""
-    device = x.device.type
-    available = torch.amp.is_autocast_available(device)
-    if available and torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, weight.dtype):
+    device = x.device.type  # autocast knows no "meta"; torch 2.11 does not trace torch.amp.is_autocast_available
+    if device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, weight.dtype):
         return torch.get_autocast_dtype(device)
     return x.dtype if x.dtype == torch.bfloat16 else weight.dtype
