@@ -45,10 +45,8 @@ class OffsetPath(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scaling: float, dtype: torch.dtype
     ) -> Tensor:
-        rounded = x.to(dtype)
-        result, seen = _offset(rounded, a, b, a0, b0, scaling)
-        ctx.save_for_backward(rounded if dtype.itemsize < x.dtype.itemsize else x, seen, a, b, a0, b0)
-        ctx.scaling, ctx.dtype, ctx.input_dtype = scaling, dtype, x.dtype
+        result, kept, seen = _offset(ctx, x, a, b, a0, b0, scaling, dtype)
+        ctx.save_for_backward(kept, seen, a, b, a0, b0)
         return result
 
     @staticmethod
@@ -70,11 +68,9 @@ class ResidualPath(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scaling: float, dtype: torch.dtype
     ) -> Tensor:
-        rounded = x.to(dtype)
-        result, seen = _offset(rounded, a, b, a0, b0, scaling)
-        ctx.save_for_backward(rounded if dtype.itemsize < x.dtype.itemsize else x, seen, a, b)
-        ctx.scaling, ctx.dtype, ctx.input_dtype = scaling, dtype, x.dtype
-        initial = F.linear(F.linear(rounded, a0.to(dtype)), b0.to(dtype))
+        result, kept, seen = _offset(ctx, x, a, b, a0, b0, scaling, dtype)
+        ctx.save_for_backward(kept, seen, a, b)
+        initial = F.linear(F.linear(x.to(dtype), a0.to(dtype)), b0.to(dtype))
         return result + initial * scaling  # in place, the gradients are lost where torch 2.11 compiles this
 
     @staticmethod
@@ -85,11 +81,16 @@ class ResidualPath(torch.autograd.Function):
         return *_gradients(ctx, grad, x, seen, down, up, a, b), None, None, None, None
 
 
-def _offset(x: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """s·(B(A x) − B₀(A₀ x)) [..., out] and A x [..., r], in the type of x."""
-    down, up = _stacked(a, b, a0, b0, scaling, x.dtype)
-    both = F.linear(x, down)  # [..., 2r]
-    return F.linear(both, up), both[..., : len(a)] + both[..., len(a) :]
+def _offset(
+    ctx: Any, x: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """s·(B(A x) − B₀(A₀ x)) [..., out], and what its backward keeps: x in the smaller type, A x [..., r]."""
+    ctx.scaling, ctx.dtype, ctx.input_dtype = scaling, dtype, x.dtype
+    rounded = x.to(dtype)
+    down, up = _stacked(a, b, a0, b0, scaling, dtype)
+    both = F.linear(rounded, down)  # [..., 2r]
+    kept = rounded if dtype.itemsize < x.dtype.itemsize else x
+    return F.linear(both, up), kept, both[..., : len(a)] + both[..., len(a) :]
 
 
 def _stacked(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

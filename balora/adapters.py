@@ -3,8 +3,9 @@
 offset:   ``W x + s·(B(A x) − B₀(A₀ x))``; W is untouched, and the pre-trained layer is the one with its adapter off.
 residual: ``W_res x + s·B(A x)`` with ``W_res = W − s·B₀A₀``; the pre-trained layer is the one with A₀ and B₀ selected.
 
-A and B start at A₀ and B₀, which are frozen: buffers in the type of W. peft saves them with the adapter, because their
-names hold ``lora_`` and the adapter's name. Each form has names of its own, so that a checkpoint tells its form.
+A and B start at A₀ and B₀, which are frozen: buffers in the type of W (parameters: ``shard_frozen_factors``). peft
+saves them with the adapter, because their names hold ``lora_`` and the adapter's name. Each form has names of its own,
+so that a checkpoint tells its form.
 """
 
 from __future__ import annotations

@@ -172,9 +172,9 @@ class BALoraMixin:
     def _prepare_for_fsdp2(self) -> None:
         """Before Accelerate shards the model: A₀ and B₀ are sharded too, and A and B are gathered as they are stored.
 
-        Accelerate's policy for bf16 gathers A and B in that, which hides what has changed of them
-        by less than half a step of it. Layers of the offset form multiply bfloat16 inputs in bfloat16, whatever
-        A and B have; where anything else is trained, or the base is not in bfloat16, the policy stays.
+        Accelerate's policy for bf16 gathers A and B in that, which hides what has changed of them by less than half a
+        step of it. Layers of the offset form multiply bfloat16 inputs in bfloat16, whatever A and B have; where
+        anything else is trained, or the base is not in bfloat16, the policy stays.
         """
         args, model = self.args, self.model  # type: ignore[attr-defined]
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)  # type: ignore[attr-defined]
