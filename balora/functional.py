@@ -11,6 +11,7 @@ from .config import BALoraConfig, rank_of
 from .head import LinearHead
 from .losses import consistency_loss, covariance_loss, diversity_loss, svd_loss
 from .objective import IGNORE_INDEX, BALoraOutput, check_label_range, logits_objective, regression_objective
+from .precision import float32_products
 
 __all__ = [
     "BALoraOutput",
@@ -312,7 +313,7 @@ def randomized_svd(
         if not 0 <= value < 2**63:
             raise ValueError(f"{name}: expected 0 or more, below 2**63, found {value!r}")
     oversample = min(oversample, max(a.shape[-2:]))
-    with torch.autocast(a.device.type, enabled=False):
+    with torch.autocast(a.device.type, enabled=False), float32_products():
         if impl == "reference":
             return reference.randomized_svd(a.to(torch.promote_types(a.dtype, torch.float32)), rank)
         u, s, vh = _RandomizedSVD.apply(a, rank, oversample, n_iter, seed, impl)

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import batch, spectral, streaming
 from .config import rank_of
 from .head import Linear
+from .precision import float32_products
 
 # Logits (float32), difference logits and, in their place, the gradient of a chunk. 512 rows of V = 131,072: products
 # are bound by arithmetic (1024 operations for two bytes of W), and what else is there (the parts of H·K and of dH) fits
@@ -52,15 +53,18 @@ class _Run(streaming.Run):
             self._refuse_what_waits()
 
     def _refuse_what_waits(self) -> None:
-        """Terms of the whole batch that need the number of valid rows, or wait for a decomposition."""
+        """Terms of the whole batch that need the number of valid rows, or wait for a decomposition, as that of WᵀW,
+        which a replayed graph would keep where W has moved on."""
         config = self.config
         svd = config.lambda_svd != 0
-        waits = self.whole or (svd and (isinstance(config.svd_rank, float) or config.svd_variance != 0))
+        waits = self.whole
+        waits = waits or (svd and (self.trained_head or isinstance(config.svd_rank, float) or config.svd_variance != 0))
         if waits or (svd and self.hidden.is_cuda and self.small(min(self.n, self.vocab)) is None):
             raise ValueError(
                 "config: a captured CUDA graph cannot wait for the device, as terms of the whole batch that take the "
                 "logits themselves (covariance, normalized squares, SVD under a soft-cap or with V < d), the nuclear "
-                f"norm, a fraction or more than {_RANK_MAX} as svd_rank, and svd_variance do"
+                f"norm, a fraction or more than {_RANK_MAX} as svd_rank, svd_variance, and the SVD term of a head that "
+                "is trained do"
             )
 
     def pick(self, tensor: Tensor, start: int, stop: int) -> Tensor:
@@ -250,8 +254,10 @@ class _Run(streaming.Run):
                 dx.add_(found, alpha=scale**2)
         else:
             k = self.k[:, : dx.shape[1]]
-            dx += (self._x(h, start).to(k.dtype) @ k * scale).to(self.dtype)
+            with float32_products():
+                dx += (self._x(h, start).to(k.dtype) @ k * scale).to(self.dtype)
 
+    @float32_products()
     def batch_terms(self) -> batch.BatchTerms:
         """The SVD term of a soft-capped head in half precision on tensor cores; all else as ``streaming`` has it.
 

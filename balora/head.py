@@ -6,7 +6,6 @@ import itertools
 import math
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from . import spectral
 from .checks import describe
+from .precision import bfloat16_products
 
 _KEYS = itertools.count()
 _HEADS: weakref.WeakValueDictionary[int, LinearHead] = weakref.WeakValueDictionary()
@@ -209,7 +209,7 @@ class Linear:
 
         x may lack the last columns of E. bfloat16 says that h holds bfloat16 numbers.
         """
-        with _bfloat16_products(bfloat16 and self.weight.dtype == torch.bfloat16 and h.device.type == "cpu"):
+        with bfloat16_products(bfloat16 and self.weight.dtype == torch.bfloat16 and h.device.type == "cpu"):
             for part, tile in self.tiles(at):
                 torch.mm(h, tile.T, out=out[:, part])
         if x is not None and self.extra is not None:
@@ -247,21 +247,3 @@ class Linear:
         for start in range(0, len(weight), step):
             stop = min(start + step, len(weight))
             yield slice(start, stop), self._buffer[: stop - start].copy_(weight[start:stop])
-
-
-@contextmanager
-def _bfloat16_products(exact: bool) -> Iterator[None]:
-    """Let float32 products on the CPU run on bfloat16 hardware, for as long as this takes: where both operands hold
-    bfloat16 numbers nothing is rounded, the products are summed in float32."""
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if not exact or settings is None or not hasattr(settings, "fp32_precision"):
-        yield
-        return
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = "none"  # what holds for all of torch; written only where that is not what held here
-        if settings.fp32_precision != before:
-            settings.fp32_precision = before

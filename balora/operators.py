@@ -57,6 +57,8 @@ def _(z, top_k, valid):
     mutates_args=(),
     schema="(Tensor hidden, Tensor? teacher_hidden, Tensor?[] head, int head_key, Tensor?[] own_head, int own_key,"
     " Tensor labels, Tensor norm, float[] numbers, int top_k, str choices, bool[] need, str impl) -> Tensor[]",
+    # It counts the valid rows, and may decompose WᵀW: mode="reduce-overhead" captures what is around it.
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 def _linear_objective(
     hidden, teacher_hidden, head, head_key, own_head, own_key, labels, norm, numbers, top_k, choices, need, impl

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .precision import float32_products
+
 # Up to this size a full symmetric eigendecomposition costs less than it is worth to avoid.
 _EIGH_MAX_D = 512
 # Block Krylov: the span of all steps together, not the last step alone. On the flat spectrum of random matrices, the
@@ -53,6 +55,7 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.device.type == "cpu" or tensor.dtype == torch.float64 else torch.float32
 
 
+@float32_products()
 def gram(blocks: Iterable[Tensor]) -> Tensor:
     """Σ blockᵀ block in ``accumulation_dtype``, over blocks of rows [n_i, d]; one block at least -> [d, d]."""
     total = None
@@ -71,6 +74,7 @@ def rows_at_a_time(rows: Tensor) -> int:
     return max(1, _ROW_BYTES // (rows.shape[1] * accumulation_dtype(rows).itemsize))
 
 
+@float32_products()
 def head_gram(weight: Tensor, extra: Tensor | None = None, known: Tensor | None = None) -> HeadGram:
     """The Gram matrix of a head and its factor: V·d² operations, once for a frozen head.
 
@@ -101,6 +105,7 @@ def _factor(g: Tensor) -> Tensor:
     return vectors * torch.where(values <= rounding, torch.zeros_like(values), values).sqrt()
 
 
+@float32_products()
 def svd_term(
     s: Tensor,
     head: HeadGram | None,
@@ -145,6 +150,7 @@ def svd_term(
     return term._replace(k_weight=k_weight)
 
 
+@float32_products()
 def svd_term_of_tiles(
     tiles: Callable[[], Iterable[Tensor]], side: int, like: Tensor, rank: int, variance: float
 ) -> SVDTerm:
@@ -205,6 +211,7 @@ def _term(
     return SVDTerm(value, directions, slope * inverse, multiple.masked_fill(zero, 0.0), None), slope, inverse
 
 
+@float32_products()
 def gradient_matrix(term: SVDTerm, head: HeadGram) -> Tensor:
     """K [d, d]: the gradient of the term by X is X·K."""
     g = head.gram.to(term.directions.dtype)

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import batch, rows, spectral
 from .config import rank_of
 from .head import Linear, LinearHead
+from .precision import float32_products
 
 if TYPE_CHECKING:
     from .config import BALoraConfig
@@ -148,6 +149,7 @@ class Run:
         """What decomposes small matrices for the SVD term; None for torch."""
         return None
 
+    @float32_products()
     def linear_svd(self) -> Tensor | None:
         """The SVD term from [d, d] matrices; its gradient is kept as K, or added to those of a trained head."""
         config = self.config
@@ -285,7 +287,8 @@ class Run:
             dx = self.linear.with_adapter(g, (g @ self.linear.weight).to(self.dtype))
         if self.k is not None:
             x = self.x(h).to(self.k.dtype)
-            dx += (x @ self.k[:, : dx.shape[1]] * self.linear.scale).to(self.dtype)
+            with float32_products():
+                dx += (x @ self.k[:, : dx.shape[1]] * self.linear.scale).to(self.dtype)
         self._to_hidden(dx, h, start, stop)
 
     def _head_gradients(self, g: Tensor, h: Tensor, at: slice) -> None:

@@ -248,16 +248,17 @@ def test_without_a_gradient_and_without_a_valid_token():
     assert not grad.any()
 
 
-def test_rows_are_masked_where_nothing_may_wait(small_tiles):
+@pytest.mark.parametrize(("config", "trained"), [(ALL, False), (replace(ALL, lambda_svd=0.0), True)])
+def test_rows_are_masked_where_nothing_may_wait(small_tiles, config, trained):
     """As in a captured CUDA graph: nobody asks the device how many rows are valid."""
     hidden, teacher, weight, labels = there("triton", *problem(6, 16, 131, dtype=torch.float32, ignored=2))
     hidden[labels < 0], teacher[labels < 0] = torch.nan, torch.inf
-    need = (True, True, False, False, False)
+    need = (True, trained, False, False, False)
     kept = (labels >= 0).nonzero().squeeze(-1)
-    masked, grads = fused.objective(hidden, teacher, LinearHead(weight), None, labels, None, ALL, need, masked=True)
-    expected, expected_grads = fused.objective(hidden, teacher, LinearHead(weight), None, labels, kept, ALL, need)
+    masked, grads = fused.objective(hidden, teacher, LinearHead(weight), None, labels, None, config, need, masked=True)
+    expected, expected_grads = fused.objective(hidden, teacher, LinearHead(weight), None, labels, kept, config, need)
     torch.testing.assert_close(masked, expected, rtol=1e-6, atol=1e-6)
-    for found, exact in zip(grads[:2], expected_grads[:2], strict=True):
+    for found, exact in zip(grads[: 1 + trained], expected_grads[: 1 + trained], strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6)
     assert not grads.hidden[labels < 0].any()
 
@@ -285,6 +286,14 @@ def test_torch_compile_of_the_objective(impl):
         torch.testing.assert_close(grads, tuple(2 * g for g in expected_grads))
 
 
+def test_the_objective_stays_out_of_graphs_that_torch_compile_captures():
+    """As mode="reduce-overhead" does: it counts the valid rows, and may decompose the head's Gram matrix."""
+    from torch._inductor.utils import get_first_incompatible_cudagraph_node
+
+    node = torch.fx.Graph().call_function(torch.ops.balora.linear_objective.default)
+    assert get_first_incompatible_cudagraph_node(torch.fx.GraphModule({}, node.graph)) is node
+
+
 def test_torch_compile_of_the_losses_on_logits():
     z, teacher, valid = there("triton", *torch.randn(2, 4, 70), torch.tensor([1, 0, 1, 1]).bool())
 
@@ -307,7 +316,7 @@ def test_the_svd_term_as_on_a_device(monkeypatch, small_tiles, kind, masked):
     term = spectral.svd_term
     monkeypatch.setattr(spectral, "svd_term", lambda *a, **k: used.append(k["small"]) or term(*a, **k))
     inputs, other, teacher, labels = test_head.tensors(kind, torch.float32, n=9, vocab=70)
-    kwargs = dict(trained=("hidden", "weight"))
+    kwargs = dict(trained=("hidden",) if masked else ("hidden", "weight"))
     if masked:
         masked_objective = partial(fused.objective, masked=True)
         monkeypatch.setattr(fused, "objective", lambda *a, masked: masked_objective(*a))
@@ -337,6 +346,9 @@ def test_what_a_captured_graph_cannot_do(monkeypatch):
         config = replace(ALL_TERMS, **change)
         with pytest.raises(ValueError, match="config: a captured CUDA graph cannot wait"):
             fused.objective(hidden, teacher, LinearHead(weight), None, labels, None, config, need, masked=True)
+    need = (True, True, False, False, False)
+    with pytest.raises(ValueError, match="and the SVD term of a head that is trained"):
+        fused.objective(hidden, teacher, LinearHead(weight), None, labels, None, ALL_TERMS, need, masked=True)
 
 
 @no_cover

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from balora import LinearHead, fused, reference
+from balora import BALoraConfig, LinearHead, fused, reference
 from balora import functional as F
 
 from .. import test_kl_accuracy
@@ -211,3 +211,18 @@ def test_auto_takes_the_kernels():
     z = torch.randn(4, 50, device="cuda")
     assert torch.equal(F.diversity_loss(z), F.diversity_loss(z, impl="triton"))
     assert F.diversity_loss(z.double()).dtype == torch.float64  # for which there is no kernel
+
+
+def test_tf32_leaves_the_svd_term_alone():
+    """Of products in TF32 its value moves by a thousandth, but half of the gradient is noise."""
+    hidden, teacher, weight, labels = problem(300, 256, 3001, dtype=torch.float32)
+    hidden = hidden * torch.logspace(0, -1, 256)  # singular values over a decade
+    config = BALoraConfig(lambda_consistency=0.0, lambda_diversity=0.0, lambda_svd=1000.0)
+    inputs = [x.cuda() for x in (hidden, teacher, weight, labels)]
+    _, exact = evaluate(*inputs, config)
+    torch.set_float32_matmul_precision("high")
+    try:
+        _, grad = evaluate(*inputs, config)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert (grad - exact).norm() < 0.02 * exact.norm()

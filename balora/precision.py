@@ -1,0 +1,66 @@
+"""How many digits of their float32 operands products keep, which torch sets for the whole process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def bfloat16_products(exact: bool) -> Iterator[None]:
+    """Let float32 products on the CPU run on bfloat16 hardware, for as long as this takes: where both operands hold
+    bfloat16 numbers nothing is rounded, the products are summed in float32."""
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if not exact or settings is None or not hasattr(settings, "fp32_precision"):
+        yield
+        return
+    with _set(settings, "bf16"):
+        yield
+
+
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Keep all digits of float32 operands on CUDA devices, for as long as this takes, where TF32 keeps ten bits.
+
+    A Gram matrix squares the condition of its factor: from products in TF32 the singular values and vectors that are
+    small beside the first are noise. What costs, the products with the vocabulary, is left as the user has set it.
+    """
+    settings = torch.backends.cuda.matmul
+    if not hasattr(torch.backends, "fp32_precision"):  # torch 2.8
+        legacy = torch.get_float32_matmul_precision()
+    elif settings.fp32_precision != "tf32":
+        legacy = "highest"
+    else:
+        try:
+            legacy = torch.get_float32_matmul_precision()
+        except RuntimeError:  # set by fp32_precision, of which the older setting knows nothing
+            legacy = "highest"
+        if legacy == "highest":
+            with _set(settings, "ieee"):
+                yield
+            return
+    if legacy == "highest":
+        yield
+        return
+    # The two settings have to agree: where they do not, torch refuses to say what holds.
+    settings.allow_tf32 = False
+    try:
+        yield
+    finally:
+        settings.allow_tf32 = True  # "high"
+        if legacy != "high":
+            torch.set_float32_matmul_precision(legacy)
+
+
+@contextmanager
+def _set(settings, precision: str) -> Iterator[None]:
+    before = settings.fp32_precision
+    settings.fp32_precision = precision
+    try:
+        yield
+    finally:
+        settings.fp32_precision = "none"  # what holds for all of torch; written only where that is not what held here
+        if settings.fp32_precision != before:
+            settings.fp32_precision = before
