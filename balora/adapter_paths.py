@@ -99,7 +99,8 @@ def _stacked(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scaling: float, dtype
         a0, b0 = a0.to(a.dtype), b0.to(b.dtype)
     r = len(a)
     down, up = a.new_empty(2 * r, a.shape[1], dtype=dtype), b.new_empty(len(b), 2 * r, dtype=dtype)
-    down[:r], down[r:] = a - a0, a0
+    torch.sub(a, a0, out=down[:r])
+    down[r:] = a0
     up[:, :r], up[:, r:] = (b, b - b0) if scaling == 1 else (b * scaling, (b - b0) * scaling)
     return down, up
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from .adapter_paths import FrozenPath, OffsetPath, ResidualPath, product_dtype
 from .four_bit import dequantized, is_4bit
-from .sharding import full, hooked
+from .sharding import full, partitioned
 
 ADAPTER = "default"
 # The attribute of a model's configuration that says: the weights are W_res, and the adapter lies in this folder beside.
@@ -142,7 +142,7 @@ VARIANTS: dict[str, type[OffsetVariant] | type[ResidualVariant]] = {
 
 def _gathered(down: nn.Module, up: nn.Module) -> bool:
     """Whether A and B are whole in their own forwards alone; FSDP puts another class in the place of what it wraps."""
-    return not type(down) is type(up) is nn.Linear or hooked(down) or hooked(up)
+    return not type(down) is type(up) is nn.Linear or partitioned(down.weight) or partitioned(up.weight)
 
 
 def _start(module: LoraLayer, adapter: str, form: str, a0: Tensor, b0: Tensor) -> None:

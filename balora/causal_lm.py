@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from .attachment import Attachment, at_least_one
 from .config import BALoraConfig
 from .functional import IGNORE_INDEX, BALoraOutput, linear_objective, logits_objective
-from .output_layer import decoder_of, heads_now
+from .output_layer import decoder_of, heads_now, without_adapter
 from .pissa import teacher
 from .sharding import hooked, within
 
@@ -94,7 +94,9 @@ def head_objective(
     found: list[BALoraOutput] = []
 
     def objective(hidden: Tensor, teacher_hidden: Tensor | None) -> Tensor:
-        heads = model._balora.heads = heads_now(model, model._balora.heads)
+        heads = heads_now(model, model._balora.heads)
+        if model._balora.config.lambda_svd:
+            heads.student.prepare_svd()  # not when the schedule first asks: what does not fit should fail at once
         device = heads.student.weight.device
         result = linear_objective(
             hidden.to(device),
@@ -106,6 +108,8 @@ def head_objective(
             normalizer=at_least_one(normalizer, device),
         )
         found.append(result)
+        # For the next step, with what they know of their weights by now.
+        model._balora.heads = without_adapter(heads)
         return result.loss
 
     layer = model.get_output_embeddings()

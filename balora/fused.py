@@ -113,7 +113,7 @@ class _Run(streaming.Run):
                     teacher = rows.Teacher(rows.Logits(t_out, t_bias, other.scale, other.softcap), False)
                 else:
                     # Subtracted before the product, so that its error is relative to the difference.
-                    teacher = self._subtracted(t.float() - h.float(), t_out, rows)
+                    teacher = self._subtracted(t.float() - h, t_out, rows)
             common: dict[str, Any] = {"labels": y, "temperature": config.temperature if self.kl else 1.0}
             seen = rows.forward(student, teacher, **common, top_k=min(config.entropy_top_k, vocab) if entropy else None)
             found.append(seen.terms.sum(1, dtype=torch.float64))
@@ -141,8 +141,8 @@ class _Run(streaming.Run):
             wide = h.to(self.dtype)
             for part, tile in linear.tiles():
                 torch.mm(wide, tile.T, out=out[:, part])
-        x = linear.columns(h.to(self.dtype), with_bias=False)
-        if x is not None and linear.extra is not None:
+        if linear.a is not None and linear.extra is not None:
+            x = linear.scaling * (h.to(self.dtype) @ linear.a.T)
             out.addmm_(x, linear.extra[:, : x.shape[1]].T)
 
     def _subtracted(self, t: Tensor, out: Tensor, rows: Any) -> Any:
@@ -162,10 +162,10 @@ class _Run(streaming.Run):
     def _gradients_of_chunk(self, g: Tensor, lift: float, h: Tensor, start: int, stop: int) -> None:
         """From the gradient by H Wᵀ + …, times lift, [c, V], to those by hidden states, weight, bias, A and B."""
         linear, down = self.linear, 1 / lift
-        wide = h.to(self.dtype)
+        wide = h if linear.extra is None else h.to(self.dtype)  # where an adapter or a bias has use for it
         if self.grad_weight is not None:
             if self.half is None:
-                self.grad_weight.addmm_(g.T, wide, alpha=linear.scale * down)
+                self.grad_weight.addmm_(g.T, h.to(self.dtype), alpha=linear.scale * down)
             else:
                 add_product(self.grad_weight, g.T, h, linear.scale * down)
         x = linear.columns(wide)

@@ -122,15 +122,22 @@ class LinearHead:
 
     @property
     def gram(self) -> spectral.HeadGram:
-        """[W, B, b]ᵀ[W, B, b] and a factor of it."""
+        """[W, B, b]ᵀ[W, B, b] and a factor of it, or of what an adapter leaves of it (``spectral.head_gram``)."""
         if self._weight_gram is None or not self._weight_gram.fits(self.weight):
             self._weight_gram = _WeightGram(self.weight)
         known = self._weight_gram.gram
         key = (id(known), *(_version(t) for t in self.tensors[1:] if t is not None))
         if self._gram is None or self._gram[0] != key:
-            extra = Linear(self, known.dtype).extra
-            self._gram = (key, spectral.head_gram(self.weight.detach(), extra, known))
+            linear = Linear(self, known.dtype)
+            self._gram = (key, spectral.head_gram(self.weight.detach(), linear.extra, known, linear.lift()))
         return self._gram[1]
+
+
+    def prepare_svd(self) -> None:
+        """Compute what a frozen head keeps for the SVD term, where the term takes that."""
+        fits = self.softcap is None and self.weight.shape[0] >= self.weight.shape[1]
+        if fits and not any(t is not None and t.requires_grad for t in self.tensors):
+            _ = self.gram
 
 
 class _WeightGram:
@@ -201,6 +208,13 @@ class Linear:
         if self.has_bias and with_bias:
             parts.append(h.new_ones(len(h), 1))
         return torch.cat(parts, 1) if parts else None
+
+    def lift(self) -> Tensor | None:
+        """M with X = [H | 1] M, without a bias H M: [d + 1, d + r + 1] or [d, d + r]. None without an adapter."""
+        if self.a is None:
+            return None
+        m = torch.cat([torch.eye(self.a.shape[1], dtype=self.dtype, device=self.a.device), self.scaling * self.a.T], 1)
+        return torch.block_diag(m, m.new_ones(1, 1)) if self.has_bias else m
 
     def forward(
         self, h: Tensor, x: Tensor | None, out: Tensor, at: slice = slice(None), bfloat16: bool = False

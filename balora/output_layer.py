@@ -83,6 +83,12 @@ def heads_now(base: Any, known: Heads) -> Heads:
     return heads
 
 
+def without_adapter(heads: Heads) -> Heads:
+    """These heads, to be kept: an adapter's tensors, made for one forward, would keep its graph alive."""
+    student = heads.student
+    return heads if student.lora is None else Heads(student.replaced(student.weight, student.bias), heads.teacher)
+
+
 def _with_logits_bias(base: Any, bias: Tensor | None) -> Tensor | None:
     """The head's bias, and BART's final_logits_bias [1, V], which the model adds to its logits."""
     extra = getattr(base, "final_logits_bias", None)

@@ -12,11 +12,10 @@ import torch
 def bfloat16_products(exact: bool) -> Iterator[None]:
     """Let float32 products on the CPU run on bfloat16 hardware, for as long as this takes: where both operands hold
     bfloat16 numbers nothing is rounded, the products are summed in float32."""
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if not exact or settings is None or not hasattr(settings, "fp32_precision"):
+    if not exact:
         yield
         return
-    with _set(settings, "bf16"):
+    with _set(torch.backends.mkldnn.matmul, "bf16"):
         yield
 
 
@@ -28,23 +27,18 @@ def float32_products() -> Iterator[None]:
     small beside the first are noise. What costs, the products with the vocabulary, is left as the user has set it.
     """
     settings = torch.backends.cuda.matmul
-    if not hasattr(torch.backends, "fp32_precision"):  # torch 2.8
-        legacy = torch.get_float32_matmul_precision()
-    elif settings.fp32_precision != "tf32":
-        legacy = "highest"
-    else:
-        try:
-            legacy = torch.get_float32_matmul_precision()
-        except RuntimeError:  # set by fp32_precision, of which the older setting knows nothing
-            legacy = "highest"
-        if legacy == "highest":
-            with _set(settings, "ieee"):
-                yield
-            return
-    if legacy == "highest":
+    if settings.fp32_precision != "tf32":
         yield
         return
-    # The two settings have to agree: where they do not, torch refuses to say what holds.
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by fp32_precision, of which the older setting knows nothing
+        legacy = "highest"
+    if legacy == "highest":
+        with _set(settings, "ieee"):
+            yield
+        return
+    # Where the two settings do not agree, torch refuses to say what holds.
     settings.allow_tf32 = False
     try:
         yield

@@ -29,10 +29,10 @@ _ROW_BYTES = 4 * 2**20  # of rows that are widened to the accumulation type at a
 
 
 class HeadGram(NamedTuple):
-    """G = WᵀW and a factor C with C Cᵀ = G, both [d, d] in the accumulation type."""
+    """G = WᵀW and C, in the accumulation type: C Cᵀ = G, or all of G that X = H M can meet (``head_gram``)."""
 
     gram: Tensor  # [d, d]
-    factor: Tensor  # [d, d]
+    factor: Tensor  # [d, d], with M [d', d]
 
 
 class SVDTerm(NamedTuple):
@@ -75,11 +75,18 @@ def rows_at_a_time(rows: Tensor) -> int:
 
 
 @float32_products()
-def head_gram(weight: Tensor, extra: Tensor | None = None, known: Tensor | None = None) -> HeadGram:
+def head_gram(
+    weight: Tensor, extra: Tensor | None = None, known: Tensor | None = None, lift: Tensor | None = None
+) -> HeadGram:
     """The Gram matrix of a head and its factor: V·d² operations, once for a frozen head.
 
+    With an adapter X = [H | s·H Aᵀ | 1] = [H | 1] M has dependent columns, and so have W and B of PiSSA: G is singular,
+    a Cholesky factorization in float32 fails, and the decomposition that takes its place took seconds in every step.
+    M G Mᵀ, the Gram matrix of W + s·B A (and the bias), is not. With its factor L, C = G Mᵀ L⁻ᵀ does what a factor of
+    G does: Cᵀ(XᵀX)C = Lᵀ([H | 1]ᵀ[H | 1])L, and C x is the same gradient's direction.
+
     weight [V, d]; extra [V, e] are further columns, of an adapter and a bias; known is weightᵀ·weight [d, d], where
-    that is at hand. -> [d + e, d + e].
+    that is at hand; lift is M [d or d + 1, d + e]. -> G [d + e, d + e].
     """
     g = gram([weight]) if known is None else known
     if extra is not None:
@@ -89,20 +96,26 @@ def head_gram(weight: Tensor, extra: Tensor | None = None, known: Tensor | None 
         cross = sum(w.to(g.dtype).T @ e for w, e in pairs)  # [d, e]
         corner = wide.T @ wide  # [e, e]
         g = torch.cat([torch.cat([g, cross], 1), torch.cat([cross.T, corner], 1)])
-    return HeadGram(g, _factor(g))
+    if lift is None:
+        return HeadGram(g, _factor(g))
+    seen = lift.to(g.dtype) @ g
+    return HeadGram(g, _factor(seen @ lift.to(g.dtype).T, seen))
 
 
-def _factor(g: Tensor) -> Tensor:
-    """C with C Cᵀ = G up to rounding; of a singular G (dependent columns, an adapter that starts at 0) from its
-    eigenvectors, with columns of exact zeros."""
+def _factor(g: Tensor, seen: Tensor | None = None) -> Tensor:
+    """C with C Cᵀ = G up to rounding, or seenᵀ C⁻ᵀ; of a singular G (dependent columns) from its eigenvectors, with
+    columns of exact zeros."""
     if not torch.isfinite(g).all():
-        return torch.full_like(g, torch.nan)
+        return torch.full_like(g if seen is None else seen.T, torch.nan)
     factor, info = torch.linalg.cholesky_ex(g)
     if info.item() == 0:
-        return factor
+        return factor if seen is None else torch.linalg.solve_triangular(factor, seen, upper=False).T
     values, vectors = torch.linalg.eigh(g)
     rounding = len(g) * torch.finfo(g.dtype).eps * values[-1:].clamp_min(0)
-    return vectors * torch.where(values <= rounding, torch.zeros_like(values), values).sqrt()
+    roots = torch.where(values <= rounding, torch.zeros_like(values), values).sqrt()
+    if seen is None:
+        return vectors * roots
+    return seen.T @ (vectors * torch.where(roots == 0, roots, 1 / roots))
 
 
 @float32_products()
@@ -136,7 +149,7 @@ def svd_term(
             within 3e-5 of each σ, on the flat one of random matrices 4e-3 of their sum.
     """
     g, c = (None, None) if head is None else (m.to(s.dtype) for m in head)
-    wanted = min(count if norm == "nuclear" else rank, len(s))
+    wanted = min(count if norm == "nuclear" else rank, len(s) if c is None else c.shape[1])
     if small is None:
         values, vectors = _leading_eigenpairs(s, c, wanted, iterate or s.dtype)
     else:
@@ -219,8 +232,8 @@ def gradient_matrix(term: SVDTerm, head: HeadGram) -> Tensor:
 
 
 def _leading_eigenpairs(s: Tensor, c: Tensor | None, k: int, iterate: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The k largest eigenvalues of Cᵀ S C, descending, and their vectors. s, c [d, d] -> [k], [d, k]."""
-    d = len(s)
+    """The k largest eigenvalues of Cᵀ S C, descending, and their vectors. s [m, m], c [m, d] -> [k], [d, k]."""
+    d = len(s) if c is None else c.shape[1]
     width = k + _OVERSAMPLE
     if not iterates(d, k):
         values, vectors = _eigh(s if c is None else c.T @ s @ c)
@@ -245,7 +258,7 @@ def _leading_eigenpairs(s: Tensor, c: Tensor | None, k: int, iterate: torch.dtyp
 
 def _leading_without_waiting(s: Tensor, c: Tensor | None, k: int, small: Any) -> tuple[Tensor, Tensor]:
     """As ``_leading_eigenpairs``, by products and the kernels for small matrices alone; float32."""
-    d = len(s)
+    d = len(s) if c is None else c.shape[1]
     if d <= small.LARGEST:
         values, vectors = small.eigh(s if c is None else c.T @ s @ c)
         return values[:k], vectors[:, :k]

@@ -330,7 +330,11 @@ def test_the_linear_part_is_one_map():
     assert x.shape == (N, R + 1)
     whole = torch.cat([inputs["weight"], linear.extra], 1)
     torch.testing.assert_close(head.gram.gram, whole.T @ whole)
-    torch.testing.assert_close(head.gram.factor @ head.gram.factor.T, whole.T @ whole, rtol=1e-9, atol=1e-9)
+    wide = torch.cat([inputs["hidden"], torch.ones(N, 1, dtype=torch.float64)], 1)
+    torch.testing.assert_close(wide @ linear.lift(), torch.cat([inputs["hidden"], x], 1))
+    seen = torch.cat([inputs["hidden"], x], 1) @ head.gram.factor  # as many columns as [H | 1]
+    assert seen.shape == wide.shape
+    torch.testing.assert_close(torch.linalg.svdvals(seen), torch.linalg.svdvals(want / 1.7)[: seen.shape[1]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -11,13 +11,11 @@ from balora.config import BALoraConfig
 from balora.precision import float32_products
 
 MATMUL = torch.backends.cuda.matmul
-NEW = hasattr(torch.backends, "fp32_precision")
 
 
 def settings():
     """All that torch says about it; None where it refuses to say."""
-    found = [getattr(MATMUL, "fp32_precision", None), getattr(getattr(torch.backends, "mkldnn", None), "matmul", None)]
-    found[1] = getattr(found[1], "fp32_precision", None)
+    found = [MATMUL.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
     for ask in (lambda: MATMUL.allow_tf32, torch.get_float32_matmul_precision):
         with contextlib.suppress(RuntimeError):
             found.append(ask())
@@ -27,7 +25,7 @@ def settings():
 
 
 def uses_tf32():
-    return MATMUL.fp32_precision == "tf32" if NEW else MATMUL.allow_tf32
+    return MATMUL.fp32_precision == "tf32"
 
 
 def by_allow_tf32():
@@ -47,9 +45,9 @@ WAYS = {
     "high": lambda: torch.set_float32_matmul_precision("high"),
     "medium": lambda: torch.set_float32_matmul_precision("medium"),
     "allow_tf32": by_allow_tf32,
+    "backends": by_generic,
+    "matmul": by_matmul,
 }
-if NEW:
-    WAYS |= {"backends": by_generic, "matmul": by_matmul}
 
 
 @pytest.fixture(params=WAYS)
@@ -57,9 +55,8 @@ def way(request):
     WAYS[request.param]()
     yield request.param
     torch.set_float32_matmul_precision("highest")
-    if NEW:
-        torch.backends.fp32_precision = "none"
-        MATMUL.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+    torch.backends.fp32_precision = "none"
+    MATMUL.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
 def test_tf32_is_off_for_a_while_and_then_as_before(way):
@@ -77,7 +74,7 @@ def test_tf32_is_off_for_a_while_and_then_as_before(way):
     assert settings() == before
 
 
-@pytest.mark.parametrize("way", ["backends" if NEW else "allow_tf32"], indirect=True)
+@pytest.mark.parametrize("way", ["backends"], indirect=True)
 def test_where_singular_values_come_from_no_product_is_in_tf32(way, monkeypatch):
     """Which the products with the vocabulary are, as the user wants them."""
     seen = []

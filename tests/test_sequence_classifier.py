@@ -226,7 +226,10 @@ def test_autocast(name):
     for name_, a, b in zip(exact._fields, model.balora_last, exact, strict=True):
         torch.testing.assert_close(a.double(), b.detach().double(), rtol=1e-5, atol=1e-6, msg=name_)
     out.loss.backward()
-    assert all(g.isfinite().all() for g in gradients(model).values())
+    found = gradients(model)
+    assert all(g.isfinite().all() for g in found.values())
+    # Up to torch 2.10 the teacher's pass left a head behind that had no gradient.
+    assert set(found) == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 class TestRegression:

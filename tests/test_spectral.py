@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from balora import reference, spectral
+from balora.head import Linear, LinearHead
 
 
 def exact(hidden, weight, rank):
@@ -130,6 +131,33 @@ def test_an_iteration_in_float32_costs_no_digit_that_float32_has():
     assert narrow.value.dtype == torch.float64
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("change", [0.0, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_head_with_pissa_adapters_needs_no_eigendecomposition(monkeypatch, dtype, change, bias):
+    """W and its principal directions B are dependent until B has moved far; in float32, which devices have, always."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(90, 20, generator=g, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    b0, a0 = u[:, :4] * s[:4].sqrt(), s[:4].sqrt()[:, None] * vh[:4]
+    a, b = (t * (1 + change * torch.randn(t.shape, generator=g, dtype=torch.float64)) for t in (a0, b0))
+    lora = torch.cat([a - a0, a0]).to(dtype), torch.cat([b, b - b0], 1).to(dtype), 1.0
+    shift = torch.randn(90, 1, generator=g, dtype=torch.float64)
+    head = LinearHead(weight.to(dtype), bias=shift[:, 0].to(dtype) if bias else None, lora=lora)
+    linear = Linear(head, dtype)
+    known = weight.T.to(dtype) @ weight.to(dtype)
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    found = spectral.head_gram(head.weight, linear.extra, known, linear.lift())
+    whole = weight + b @ a - b0 @ a0
+    whole = torch.cat([whole, shift], 1) if bias else whole
+    hidden = torch.randn(30, 20, generator=g, dtype=torch.float64)
+    x = torch.cat([hidden.to(dtype), linear.columns(hidden.to(dtype))], 1) @ found.factor
+    exact = torch.linalg.svdvals((torch.cat([hidden, torch.ones(30, 1)], 1) if bias else hidden) @ whole.T)
+    allowed = 1e-5 if dtype == torch.float32 else 1e-12
+    exact = exact[: x.shape[1]]
+    torch.testing.assert_close(torch.linalg.svdvals(x.double()), exact, rtol=allowed, atol=allowed * exact[0].item())
+
+
 def test_a_singular_head_gets_a_factor():
     weight = torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for extra in (torch.zeros(40, 2).double(), weight[:, :2].clone(), 1e-9 * weight[:, :1]):
@@ -137,4 +165,11 @@ def test_a_singular_head_gets_a_factor():
         torch.testing.assert_close(head.factor @ head.factor.T, head.gram, rtol=1e-10, atol=1e-10)
     head = spectral.head_gram(torch.zeros(5, 3))
     assert not head.factor.any()
+    # W + B A without its last two columns: of what is 0 nothing is seen.
+    a = torch.cat([torch.zeros(2, 4), -torch.eye(2)], 1).double()
+    head = spectral.head_gram(weight, weight[:, 4:], None, torch.cat([torch.eye(6).double(), a.T], 1))
+    assert head.factor.shape == (8, 6)
+    x = torch.randn(9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = torch.linalg.svdvals(torch.cat([x, x @ a.T], 1) @ head.factor)
+    torch.testing.assert_close(found, torch.linalg.svdvals(x[:, :4] @ weight[:, :4].T)[:6].where(torch.arange(6) < 4, 0.0))
     assert spectral.head_gram(torch.full((5, 3), torch.nan)).factor.isnan().all()
