@@ -229,8 +229,9 @@ def cuda_counts(s: Sketch, sweeps: int = 8) -> list[Count]:
     pairs = width * (width - 1) // 2
     return [
         *found,
-        count("gather_kernel", "orthonormal.cu", row_slices * panel * 4, panel * 4 + grams, "float64",
-              2 * columns * panel, batch * blocks),
+        count("gather_kernel", "orthonormal.cu", row_slices * panel * 4, panel * 4, "float32", row_slices * panel,
+              panel // threads),
+        count("gram_kernel", "orthonormal.cu", panel * 4, grams, "float64", 2 * columns * panel, batch * blocks),
         count("factor_kernel", "orthonormal.cu", grams, 2 * small * 8, "float64", eliminated, batch),
         count("apply_kernel", "orthonormal.cu", batch * width * up(s.m, 64) * 4 + small * 8,
               panel * 4 + (2 * panel * 2 if parts == 2 else 0), "float64", solved, batch * -(-up(s.m, 64) // threads)),
@@ -252,15 +253,16 @@ LAUNCHES = {
     "add_squares": ("add_squares", 128, lambda s: 0),
     "times": ("times<BFloat16, 32, false>", 128, lambda s: 0),
     "transposed_times": ("transposed_times<BFloat16, 32>", 128, lambda s: 0),
-    "iterate": ("iterate<32>", 256, lambda s: 2 * 512 * 72 * 2 + 2 * 32 * 72 * 2 + 8 * 32 * 64 * 4),
-    "gather_kernel": ("gather_kernel<32>", 128, lambda s: 32 * 65 * 8),
+    "iterate": ("iterate<32>", 256, lambda s: 2 * 512 * 72 * 2 + 2 * 32 * 72 * 2 + 8 * 32 * 72 * 4),
+    "gather_kernel": ("gather_kernel", 128, lambda s: 0),
+    "gram_kernel": ("gram_kernel<32>", 128, lambda s: 32 * 65 * 8),
     "factor_kernel": ("factor_kernel", 512, lambda s: (2 * s.width**2 + s.width) * 8),
     "apply_kernel": ("apply_kernel<BFloat16>", 128, lambda s: s.width**2 * 8 + s.width * 128 * 4),
     "jacobi_kernel": (
         "jacobi_kernel<128, float>", 128, lambda s: (2 * s.width * (s.width | 1) + s.width) * 8,
     ),
     "turn_kernel": ("turn_kernel", 128, lambda s: s.k * s.width * 8 + s.width * 128 * 4),
-    "update": ("update<BFloat16>", 128, lambda s: 32 * s.k * 4),
+    "update": ("update<BFloat16>", 128, lambda s: 36 * s.k * 4),
 }  # fmt: skip
 
 

@@ -161,6 +161,7 @@ NUDGED: dict[str, tuple[tuple[int, int], str]] = {
     "capped_gradient": ((-7, 1), "right"),
     "apply_kernel": ((0, -14), "center"),
     "gather_kernel": ((0, -14), "center"),
+    "gram_kernel": ((0, -14), "center"),
     "factor_kernel": ((-6, 4), "right"),
     "jacobi_kernel": ((0, -14), "center"),
     "cholesky_inverse": ((0, 7), "center"),

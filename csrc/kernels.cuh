@@ -70,9 +70,12 @@ cudaError_t multiply(const Matrices& a, int64_t first, int64_t batch, bool trans
 int64_t iteration_slices(const Matrices& a, int L, int64_t batch);
 cudaError_t iterate_once(const Matrices& a, int64_t first, int64_t batch, int L, int64_t slices, const void* operand,
                          const double* squares, float* partial, cudaStream_t stream);
-// panel [batch, L, stride] = scale * the sum of its slices; grams [batch, blocks, L, L]: partial sums of its Gram matrix.
+// panel [batch, L, stride] = scale * the sum of its slices.
 cudaError_t gather(const float* partial, int64_t slices, float scale, float* panel, int64_t batch, int L,
-                   const Panel& shape, int64_t blocks, double* grams, cudaStream_t stream);
+                   const Panel& shape, cudaStream_t stream);
+// grams [batch, blocks, L, L]: partial sums of the panel's Gram matrix.
+cudaError_t gram(const float* panel, int64_t batch, int L, const Panel& shape, int64_t blocks, double* grams,
+                 cudaStream_t stream);
 // lower [batch, width, width] with lower lowerᵀ = the sum of the Gram matrices, and its inverse.
 cudaError_t factor(const double* grams, int64_t blocks, int64_t batch, int L, int width, double* lower,
                    double* inverse, cudaStream_t stream);

@@ -17,29 +17,58 @@ constexpr int TILE = 64;            // entries of the panel's rows that a block 
 constexpr int WIDE = 512;            // threads that factor a matrix
 constexpr double DEPENDENT = 1e-12;  // of a column's square that is left: 1e-6 of its length
 
-// panel = scale * (sum of the slices), and the Gram matrix of the rows, over this block's part of the length.
+// sum += COUNT slices at a time, while there are as many: all are on their way before the first is added.
+template <int COUNT>
+__device__ inline void add_next(float& sum, const float*& from, int64_t& slices, int64_t size) {
+#pragma unroll 1
+  for (; slices >= COUNT; slices -= COUNT, from += COUNT * size) {
+    float x[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) x[i] = from[i * size];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) sum += x[i];
+  }
+}
+
+// panel = scale * (sum of the slices). One entry a thread: a short panel has few. The bound of 8 blocks leaves a thread
+// the registers for 16 loads at once.
+__global__ void __launch_bounds__(THREADS, 8) gather_kernel(const float* partial, int64_t slices, float scale,
+                                                            float* panel, unsigned tiles) {
+  const int64_t size = int64_t(tiles) * THREADS;  // of a panel
+  partial += blockIdx.x / tiles * slices * size + blockIdx.x % tiles * THREADS + threadIdx.x;
+  float sum = 0;
+  add_next<16>(sum, partial, slices, size);
+  add_next<4>(sum, partial, slices, size);
+  add_next<1>(sum, partial, slices, size);
+  panel[int64_t(blockIdx.x) * THREADS + threadIdx.x] = sum * scale;
+}
+
+// The Gram matrix of the panel's rows, over this block's part of the length.
 template <int L>
-__global__ void __launch_bounds__(THREADS) gather_kernel(const float* partial, int64_t slices, float scale,
-                                                         float* panel, Panel shape, int64_t blocks, double* grams) {
+__global__ void __launch_bounds__(THREADS) gram_kernel(const float* panel, Panel shape, int64_t blocks,
+                                                       double* grams) {
+  constexpr int APART = THREADS / TILE;  // rows of a thread in the tile
   constexpr int ACROSS = L / 16, DOWN = L / 8, PITCH = TILE + 1;  // 8 x 16 threads, each with DOWN x ACROSS pairs of rows
   double* tile = reinterpret_cast<double*>(shared_memory());  // [L, TILE], a column of padding
   const int64_t matrix = blockIdx.x / blocks, block = blockIdx.x % blocks;
   const int64_t each = (shape.stride / TILE + blocks - 1) / blocks * TILE;
   const int64_t end = (block + 1) * each < shape.stride ? (block + 1) * each : shape.stride;
-  partial += matrix * slices * L * shape.stride;
   panel += matrix * L * shape.stride;
   const int one = threadIdx.x / 16, two = threadIdx.x % 16;
+  const int row0 = threadIdx.x / TILE, column0 = threadIdx.x % TILE;
+  float next[L / APART];  // this thread's entries of a tile, on their way while the one before it is summed
+  const auto fetch = [&](int64_t begin) {
+#pragma unroll
+    for (int i = 0; i < L / APART && begin < end; ++i)
+      next[i] = panel[(row0 + i * APART) * shape.stride + begin + column0];
+  };
   double sums[DOWN][ACROSS] = {};
+  fetch(block * each);
   for (int64_t begin = block * each; begin < end; begin += TILE) {
-    for (int i = threadIdx.x; i < L * TILE; i += THREADS) {
-      const int64_t at = i / TILE * shape.stride + begin + i % TILE;
-      float x = 0;
-      for (int64_t s = 0; s < slices; ++s) x += partial[s * L * shape.stride + at];
-      x *= scale;
-      panel[at] = x;
-      tile[i / TILE * PITCH + i % TILE] = x;
-    }
+#pragma unroll
+    for (int i = 0; i < L / APART; ++i) tile[(row0 + i * APART) * PITCH + column0] = next[i];
     barrier();
+    fetch(begin + TILE);
 #pragma unroll 2
     for (int at = 0; at < TILE; ++at) {
       double column[ACROSS];
@@ -173,11 +202,17 @@ __global__ void __launch_bounds__(THREADS) turn_kernel(const float* panel, int L
 }  // namespace
 
 cudaError_t gather(const float* partial, int64_t slices, float scale, float* panel, int64_t batch, int L,
-                   const Panel& shape, int64_t blocks, double* grams, cudaStream_t stream) {
+                   const Panel& shape, cudaStream_t stream) {
+  const int64_t tiles = L * shape.stride / THREADS;  // nothing is left: both have powers of two
+  return launch(gather_kernel, batch * tiles, THREADS, 0, stream, partial, slices, scale, panel, tiles);
+}
+
+cudaError_t gram(const float* panel, int64_t batch, int L, const Panel& shape, int64_t blocks, double* grams,
+                 cudaStream_t stream) {
   return with_rows(L, [&](auto rows) {
     constexpr int ROWS = decltype(rows)::value;
-    return launch(gather_kernel<ROWS>, batch * blocks, THREADS, ROWS * (TILE + 1) * sizeof(double), stream, partial,
-                  slices, scale, panel, shape, blocks, grams);
+    return launch(gram_kernel<ROWS>, batch * blocks, THREADS, ROWS * (TILE + 1) * sizeof(double), stream, panel, shape,
+                  blocks, grams);
   });
 }
 

@@ -15,14 +15,14 @@ using T = BFloat16;
 constexpr int BLOCK = 256;             // threads
 constexpr int MOST_ROWS = 512;         // 64 for each warp
 constexpr int COLUMNS = 64;            // of a tile
-constexpr int PITCH = COLUMNS + 8;     // entries from row to row: 144 bytes keep the banks apart
+constexpr int PITCH = COLUMNS + 8;     // entries from row to row: keeps the banks apart, of halves and of floats
 constexpr int64_t SPREAD = 264;        // blocks: two for each multiprocessor, one at a time
 
 template <int L>
 struct Shared {
   alignas(16) T tile[2][MOST_ROWS][PITCH];
   alignas(16) T parts[2][L][PITCH];                // of P
-  alignas(16) float sums[BLOCK / 32][L][COLUMNS];  // of P, from each warp's rows
+  alignas(16) float sums[BLOCK / 32][L][PITCH];    // of P, from each warp's rows
 };
 
 // Columns from `from` on, zero outside of A.
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(BLOCK, 1) iterate(Matrices a, int64_t first, i
       for (int i = 0; i < 8; ++i) {
         float* at = &shared.sums[warp][16 * block + g][8 * i + 2 * q];
         *reinterpret_cast<float2*>(at) = {p[block][i][0], p[block][i][1]};
-        *reinterpret_cast<float2*>(at + 8 * COLUMNS) = {p[block][i][2], p[block][i][3]};
+        *reinterpret_cast<float2*>(at + 8 * PITCH) = {p[block][i][2], p[block][i][3]};
       }
     }
     barrier();

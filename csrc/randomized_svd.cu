@@ -88,11 +88,12 @@ struct Run {
 
   float scale() const { return a.type == Type::float16 ? 1 / part_scale<Float16>() : 1.0f; }
 
-  // The panel from the slices of a product (or from itself), orthonormal.
-  void orthonormalize(Buffers& b, float* panel, const Panel& shape, int64_t batch, const float* slices, int64_t count,
-                      float scale, double* lower) {
+  // The panel, orthonormal: that of a product in so many slices, or with none as it is.
+  void orthonormalize(Buffers& b, float* panel, const Panel& shape, int64_t batch, int64_t slices, float scale,
+                      double* lower) {
     const int64_t blocks = panel == b.q ? b.row_grams : b.column_grams;
-    good(gather(slices, count, scale, panel, batch, b.L, shape, blocks, b.grams, stream)) &&
+    if (slices > 0) good(gather(b.partial, slices, scale, panel, batch, b.L, shape, stream));
+    good(gram(panel, batch, b.L, shape, blocks, b.grams, stream)) &&
         good(factor(b.grams, blocks, batch, b.L, width, lower, b.inverse, stream)) &&
         good(apply(panel, batch, b.L, width, shape, b.inverse, a.type, b.operand, seed, stream));
   }
@@ -106,23 +107,23 @@ struct Run {
   void matrices(Buffers& b, int64_t first, int64_t batch, float* u, float* s, float* vh, double* squares) {
     if (squares == nullptr) squares = b.squares;
     good(sketch(a, first, batch, b.L, b.rows, seed, b.partial, b.sums, squares, stream));
-    orthonormalize(b, b.q, b.of_rows, batch, b.partial, b.rows.slices, 1.0f, b.lower);
+    orthonormalize(b, b.q, b.of_rows, batch, b.rows.slices, 1.0f, b.lower);
     for (int i = 0; i < n_iter; ++i) {
       if (b.once) {
         good(iterate_once(a, first, batch, b.L, b.once, b.operand, squares, b.partial, stream));
-        orthonormalize(b, b.q, b.of_rows, batch, b.partial, b.once, 1.0f, b.lower);
+        orthonormalize(b, b.q, b.of_rows, batch, b.once, 1.0f, b.lower);
         continue;
       }
       product(b, first, batch, true);
-      orthonormalize(b, b.p, b.of_columns, batch, b.partial, b.columns.slices, scale(), b.lower);
+      orthonormalize(b, b.p, b.of_columns, batch, b.columns.slices, scale(), b.lower);
       product(b, first, batch, false);
-      orthonormalize(b, b.q, b.of_rows, batch, b.partial, b.rows.slices, scale(), b.lower);
+      orthonormalize(b, b.q, b.of_rows, batch, b.rows.slices, scale(), b.lower);
     }
-    orthonormalize(b, b.q, b.of_rows, batch, b.q, 1, 1.0f, b.lower);
+    orthonormalize(b, b.q, b.of_rows, batch, 0, 1.0f, b.lower);
     // B = Qᵀ A = C Pᵀ with C = lower polish: P is orthonormal after the second pass.
     product(b, first, batch, true);
-    orthonormalize(b, b.p, b.of_columns, batch, b.partial, b.columns.slices, scale(), b.lower);
-    orthonormalize(b, b.p, b.of_columns, batch, b.p, 1, 1.0f, b.polish);
+    orthonormalize(b, b.p, b.of_columns, batch, b.columns.slices, scale(), b.lower);
+    orthonormalize(b, b.p, b.of_columns, batch, 0, 1.0f, b.polish);
     good(jacobi(b.lower, b.polish, batch, width, k, s, b.left, b.right, stream)) &&
         good(turn(b.q, batch, b.L, width, k, b.of_rows, b.left, false, u, stream)) &&
         good(turn(b.p, batch, b.L, width, k, b.of_columns, b.right, true, vh, stream));

@@ -60,7 +60,7 @@ int64_t balora_iterate(const void* data, int type, int64_t batch, int64_t m, int
 int balora_orthonormalize(float* panel, int64_t batch, int rows, int width, int64_t length, int64_t blocks,
                           double* grams, double* lower, double* inverse, int type, void* operand) {
   const Panel shape(length);
-  int error = gather(panel, 1, 1.0f, panel, batch, rows, shape, blocks, grams, nullptr);
+  int error = gram(panel, batch, rows, shape, blocks, grams, nullptr);
   error |= factor(grams, blocks, batch, rows, width, lower, inverse, nullptr);
   return error | apply(panel, batch, rows, width, shape, inverse, Type(type), operand, 0, nullptr);
 }

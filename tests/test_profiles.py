@@ -178,7 +178,8 @@ def test_counted_bytes_of_the_cuda_kernels():
         "times": (a + p, q),  # two parts of two bytes are one of four
         "transposed_times": (a + q, p),
         "iterate": (a + q + 2 * 8, 2 * q),  # two slices: of 64 columns and of 32
-        "gather_kernel": (q, q + grams),
+        "gather_kernel": (q, q),
+        "gram_kernel": (q, grams),
         "factor_kernel": (grams, 2 * 2 * 100 * 8),
         "apply_kernel": (q * 10 // 16 + 2 * 100 * 8, q + q),
         "jacobi_kernel": (2 * 2 * 100 * 8, 2 * (3 * 4 + 2 * 3 * 10 * 8)),
