@@ -60,6 +60,15 @@ def architectures(nvcc):
     return ";".join(found) + "+PTX" if found else ""
 
 
+def supported(names):
+    """Those of a TORCH_CUDA_ARCH_LIST for which the kernels compile. Some images set it with 7.5, for others."""
+    asked = [name for name in re.split("[;, ]+", names) if name]
+    dropped = [name for name in asked if re.match(r"[1-7]\.", name)]
+    if dropped:
+        print(f"balora: TORCH_CUDA_ARCH_LIST: {', '.join(dropped)} left out, the kernels need {_ARCHITECTURES[0]}")
+    return ";".join(name for name in asked if name not in dropped)
+
+
 def _output(*command):
     try:
         return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
@@ -106,7 +115,7 @@ def extension():
         print(f"balora: the compiled extension is built without CUDA: {reason}")
         defines["BALORA_WITHOUT_CUDA"] = reason
     else:
-        built_for = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures(Path(home, "bin", "nvcc"))
+        built_for = supported(os.environ.get("TORCH_CUDA_ARCH_LIST", "")) or architectures(Path(home, "bin", "nvcc"))
         os.environ["TORCH_CUDA_ARCH_LIST"] = built_for  # torch would ask for a GPU
         kind, sources = cpp_extension.CUDAExtension, sources + sorted(glob("csrc/*.cu"))
         defines["BALORA_ARCHITECTURES"] = built_for

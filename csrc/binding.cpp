@@ -35,8 +35,14 @@ struct Plain {
 
 at::ScalarType arithmetic(const Tensor& a) { return at::promote_types(a.scalar_type(), at::kFloat); }
 
+void check_type(const char* name, const Tensor& t) {  // others, as float8, the kernels would read as bfloat16
+  const auto type = t.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, name,
+                   ": expected float32, float64, float16 or bfloat16, found ", type);
+}
+
 void check_svd(const Tensor& a, int64_t rank, int64_t oversample, int64_t n_iter) {
-  TORCH_CHECK_TYPE(a.is_floating_point(), "a: expected a floating-point tensor, found ", a.scalar_type());
+  check_type("a", a);
   TORCH_CHECK_VALUE(a.dim() >= 2, "a: expected the shape [..., m, n], found ", a.dim(), " dimensions");
   TORCH_CHECK_VALUE(rank >= 1, "rank: expected at least 1, found ", rank);
   TORCH_CHECK_VALUE(oversample >= 0, "oversample: expected 0 or more, found ", oversample);
@@ -231,7 +237,7 @@ Tensor low_rank_update_meta(const Tensor& z, const Tensor&, const Tensor&, const
 Tensor low_rank_update(const Tensor& z, const Tensor& u, const Tensor& weights, const Tensor& vh,
                        const Tensor& multiple) {
   const Plain plain;
-  TORCH_CHECK_TYPE(z.is_floating_point(), "z: expected a floating-point tensor, found ", z.scalar_type());
+  check_type("z", z);
   TORCH_CHECK_VALUE(z.dim() >= 2 && u.dim() == z.dim(), "z: expected the shape [..., m, n] and u [..., m, k], found ",
                     z.sizes(), " and ", u.sizes());
   const auto type = arithmetic(z);

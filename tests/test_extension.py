@@ -14,6 +14,7 @@ from balora import functional as F
 from .test_randomized_svd import CASES, assert_orthonormal, decay, matrix
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EIGHT_BITS = torch.ones(3, 3).to(torch.float8_e4m3fn)
 
 
 @pytest.fixture
@@ -127,13 +128,16 @@ def test_low_rank_update(ops, dtype, shape):
 
 
 BAD = {
-    "type of a": (lambda ops: ops.randomized_svd(torch.ones(3, 3).int(), 2, 0, 0, 0), TypeError, "a: expected a float"),
+    "type of a": (lambda ops: ops.randomized_svd(torch.ones(3, 3).int(), 2, 0, 0, 0), TypeError, "a: expected float32"),
+    "float8": (lambda ops: ops.randomized_svd(EIGHT_BITS, 2, 0, 0, 0), TypeError, "bfloat16, found Float8_e4m3fn"),
+    "meta": (lambda ops: ops.randomized_svd(EIGHT_BITS.to("meta"), 2, 0, 0, 0), TypeError, "bfloat16, found Float8"),
     "shape of a": (lambda ops: ops.randomized_svd(torch.ones(3), 2, 0, 0, 0), ValueError, "a: expected the shape"),
     "no column": (lambda ops: ops.randomized_svd(torch.ones(3, 0), 2, 0, 0, 0), ValueError, "a: expected m and n"),
     "rank": (lambda ops: ops.randomized_svd(torch.ones(3, 3), 0, 0, 0, 0), ValueError, "rank: expected at least 1"),
     "oversample": (lambda ops: ops.randomized_svd(torch.ones(3, 3), 1, -1, 0, 0), ValueError, "oversample: expected 0"),
     "n_iter": (lambda ops: ops.randomized_svd(torch.ones(3, 3), 1, 0, -1, 0), ValueError, "n_iter: expected 0 or more"),
-    "type of z": (lambda ops: update(ops, z=torch.ones(4, 5).int()), TypeError, "z: expected a floating-point"),
+    "type of z": (lambda ops: update(ops, z=torch.ones(4, 5).int()), TypeError, "z: expected float32"),
+    "float8 of z": (lambda ops: update(ops, z=EIGHT_BITS), TypeError, "z: expected float32, .*Float8"),
     "shape of z": (lambda ops: update(ops, z=torch.ones(5)), ValueError, r"z: expected the shape \[\.\.\., m, n\]"),
     "u": (lambda ops: update(ops, u=torch.ones(3, 2)), ValueError, r"u: expected the shape \[4, 2\], found \[3, 2\]"),
     "type of vh": (lambda ops: update(ops, vh=torch.ones(2, 5).double()), TypeError, "vh: expected Float with z in"),
@@ -370,9 +374,20 @@ def test_what_is_built_with_cuda(build, monkeypatch, toolkit, value):
     assert build.os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0+PTX"
     assert {"-DBALORA_WITH_CUDA", '-DBALORA_ARCHITECTURES="8.0;9.0+PTX"'} <= set(module.extra_compile_args["cxx"])
     assert not any("fast" in flag for flags in module.extra_compile_args.values() for flag in flags)
-    build.os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0"
-    (module,) = build.extension()["ext_modules"]
-    assert '-DBALORA_ARCHITECTURES="9.0"' in module.extra_compile_args["cxx"]
+    for asked, built in (("9.0", "9.0"), ("7.5 8.0 9.0a", "8.0;9.0a"), ("7.5+PTX", "8.0;9.0+PTX")):
+        build.os.environ["TORCH_CUDA_ARCH_LIST"] = asked
+        (module,) = build.extension()["ext_modules"]
+        assert f'-DBALORA_ARCHITECTURES="{built}"' in module.extra_compile_args["cxx"]
+        assert build.os.environ["TORCH_CUDA_ARCH_LIST"] == built
+
+
+def test_architectures_for_which_the_kernels_do_not_compile_are_dropped(build, capsys):
+    for asked in ("8.0;8.6;9.0+PTX", "10.0a", "Ampere;Hopper", ""):
+        assert build.supported(asked) == asked
+    assert not capsys.readouterr().out
+    assert build.supported("5.2 7.0, 7.5 8.0 8.6;9.0 10.0 12.0+PTX ") == "8.0;8.6;9.0;10.0;12.0+PTX"
+    assert capsys.readouterr().out == "balora: TORCH_CUDA_ARCH_LIST: 5.2, 7.0, 7.5 left out, the kernels need 8.0\n"
+    assert build.supported("6.1;7.5+PTX") == ""
 
 
 def test_a_compiler_that_fails(build, tmp_path, capsys):
