@@ -34,7 +34,8 @@ _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets"
 
 def why_not(impl: str, device: torch.device | None = None) -> list[str]:
     """Every reason why ``impl`` cannot run here, with tensors on that device; empty if it can."""
-    reasons = []
+    reasons: list[str] = []
+    architectures: str | None = None
     if impl == "triton":
         if importlib.util.find_spec("triton") is None:
             reasons.append("triton is not installed (pip install triton)")
@@ -51,6 +52,8 @@ def why_not(impl: str, device: torch.device | None = None) -> list[str]:
         elif not built["cuda"]:
             why = built["without_cuda"]
             reasons.append("balora._C is built without CUDA" + (f": {why}" if why != _torch_without_cuda() else ""))
+        else:
+            architectures = built["architectures"]
     if impl in ("triton", "cuda"):
         if torch.version.hip:
             reasons.append("torch is built for ROCm, the kernels for CUDA")
@@ -58,15 +61,36 @@ def why_not(impl: str, device: torch.device | None = None) -> list[str]:
             reasons.append("torch sees no CUDA device" if torch.version.cuda else _torch_without_cuda())
         elif device is not None and device.type != "cuda":
             reasons.append(f"the tensors are on {device}, not on a CUDA device")
-        elif torch.cuda.get_device_capability(device) < _CAPABILITY:
-            found = ".".join(map(str, torch.cuda.get_device_capability(device)))
-            reasons.append(f"the device has compute capability {found}, 8.0 or higher is needed")
+        else:
+            capability = torch.cuda.get_device_capability(device)
+            found = f"the device has compute capability {'.'.join(map(str, capability))}"
+            if capability < _CAPABILITY:
+                reasons.append(f"{found}, 8.0 or higher is needed")
+            elif architectures and not _runs_on(architectures, capability):
+                reasons.append(f"{found}, balora._C is built for {architectures} (TORCH_CUDA_ARCH_LIST; {_REBUILD})")
     return reasons
 
 
 # torch.compile takes the answer for a constant: it cannot trace how packages are found. The decorator for this,
 # torch.compiler.assume_constant_result, would import triton along with balora.
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a build for a TORCH_CUDA_ARCH_LIST has code for a device.
+
+    Machine code runs within its major version from its minor version on, PTX on all that is newer, and what ends in "a"
+    on that very version. Names tell nothing.
+    """
+    for name in architectures.split(";"):
+        found = re.fullmatch(r"(\d+)\.(\d+)(a?)(\+PTX)?", name)
+        if not found:
+            return True
+        built = int(found[1]), int(found[2])
+        newer = capability >= built and not found[3] and (found[4] or capability[0] == built[0])
+        if newer or capability == built:
+            return True
+    return False
 
 
 def _torch_without_cuda() -> str:

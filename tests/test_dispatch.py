@@ -1,6 +1,8 @@
 """Which implementation runs, what an unknown or impossible one says, and what info prints."""
 
+import functools
 import io
+import re
 
 import pytest
 import torch
@@ -126,3 +128,30 @@ def test_auto_takes_the_kernels_where_they_can_run(monkeypatch, a_gpu, operation
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # by name, on any device; never by itself
     assert dispatch.choose(operation, "triton", cpu) == "triton"
     assert dispatch.choose(operation, device=gpu) == "streaming"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs", "not_on"),
+    [
+        ("8.0;9.0;10.0+PTX", ["8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.1"], []),
+        ("9.0", ["9.0"], ["8.0", "8.9", "10.0", "12.0"]),
+        ("8.6", ["8.6", "8.9"], ["8.0", "9.0"]),
+        ("8.0+PTX", ["8.0", "8.6", "9.0", "12.0"], []),
+        ("8.6;9.0+PTX", ["8.9", "10.0"], ["8.0"]),
+        ("9.0a;10.0a+PTX", ["9.0", "10.0"], ["8.0", "10.3", "12.0"]),
+        ("Ampere", ["8.0", "9.0"], []),  # a name of torch's: no telling
+    ],
+)
+def test_the_extension_runs_on_what_it_was_built_for(monkeypatch, a_gpu, architectures, runs, not_on):
+    built = dict(torch="2.13.0", cuda="13.0", architectures=architectures, without_cuda=None)
+    monkeypatch.setattr(dispatch, "extension", functools.cache(lambda: built))
+    gpu = torch.device("cuda", 0)
+    for name in (*runs, *not_on):
+        capability = tuple(map(int, name.split(".")))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
+        assert dispatch.choose("randomized_svd", device=gpu) == ("cuda" if name in runs else "torch")
+        assert dispatch.choose("diversity_loss", device=gpu) == "triton"
+        if name in not_on:
+            reason = f"the device has compute capability {name}, balora._C is built for {architectures} (TORCH_CUDA"
+            with pytest.raises(ValueError, match=f"^impl: 'cuda' cannot run here: {re.escape(reason)}"):
+                dispatch.choose("randomized_svd", "cuda", gpu)
