@@ -329,11 +329,12 @@ def test_singular_values_vectors_and_orthonormality(library, case):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_every_type(library, dtype):
-    for m, n in ((150, 90), (70, 333)):  # of bf16 the first one is iterated with one reading
+@pytest.mark.parametrize(("rank", "oversample"), [(5, 11), (10, 10), (10, 30)])  # panels of 16, 32 and 48 columns
+def test_every_type(library, rank, oversample, dtype):
+    for m, n in ((150, 90), (70, 333)):  # of bf16 the first one is iterated with one reading, up to 32 columns
         a = matrix(m, n, decay(70, 1.0)).to(dtype)[None]
-        u, s, vh, squares = svd(library, a, 10, n_iter=4)
-        exact = torch.linalg.svdvals(a.double())[:, :10]
+        u, s, vh, squares = svd(library, a, rank, oversample, n_iter=4)
+        exact = torch.linalg.svdvals(a.double())[:, :rank]
         assert (s - exact).abs().max() < 1e-6 * exact.max()
         assert_orthonormal(u[0], vh[0])
         torch.testing.assert_close(squares, a.double().square().sum((1, 2)))

@@ -81,6 +81,42 @@ def test_wider_sketches(ops, m, n, rank):
     assert_svd_of(a, ops.randomized_svd(a.cuda(), rank, 0, 6, 0), rank, 1e-3)
 
 
+# Panels of 16 and of 48 columns (the latter are PiSSA's at rank 16); of bf16 with 16 and 300 rows, one reading.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n"), [(300, 700), (700, 300), (520, 1500)])
+@pytest.mark.parametrize(("rank", "oversample"), [(5, 11), (10, 23), (16, 20), (20, 28)])
+def test_widths_between(ops, rank, oversample, m, n, dtype):
+    a = torch.stack([matrix(m, n, decay(300, 2.0), seed=i) for i in range(3)]).to(dtype)
+    assert_svd_of(a, ops.randomized_svd(a.cuda(), rank, oversample, 4, 0), rank)
+
+
+def test_a_batch_taken_in_parts(ops):
+    """Of 1,000 matrices: the workspace of 2,000 would be above 512 MB."""
+    a = torch.randn(2_000, 128, 128, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    a *= torch.arange(1, 129, device="cuda") ** -1.0
+    u, s, vh, squares = ops.randomized_svd(a, 54, 10, 4, 0)
+    torch.testing.assert_close(squares, a.double().square().sum((1, 2)), rtol=1e-6, atol=0)
+    for i in (0, 999, 1_000, 1_999):
+        assert_svd_of(a[i].cpu(), (u[i], s[i], vh[i], squares[i]), 54, 1e-3)
+        torch.testing.assert_close(s[i], ops.randomized_svd(a[i], 54, 10, 4, 0)[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_side_stream(ops):
+    a = torch.randn(3, 300, 400, device="cuda").bfloat16()
+    expected = ops.randomized_svd(a, 8, 8, 2, 0)
+    updated = ops.low_rank_update(a, *expected[:3], expected[3].float())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(a)
+        torch.cuda._sleep(100_000_000)  # another stream would read zeros
+        late.copy_(a)
+        found = ops.randomized_svd(late, 8, 8, 2, 0)
+        again = ops.low_rank_update(late, *found[:3], found[3].float())
+    stream.synchronize()
+    assert all(torch.equal(x, y) for x, y in zip((*found, again), (*expected, updated), strict=True))
+
+
 # Many tiles and slices, whole and in part; rows that do not begin on 16 bytes; of bf16 with 20 columns and 129 to 512
 # rows, one reading an iteration.
 @pytest.mark.parametrize("oversample", [10, 54])
