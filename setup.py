@@ -63,10 +63,11 @@ def architectures(nvcc):
 def supported(names):
     """Those of a TORCH_CUDA_ARCH_LIST for which the kernels compile. Some images set it with 7.5, for others."""
     asked = [name for name in re.split("[;, ]+", names) if name]
-    dropped = [name for name in asked if re.match(r"[1-7]\.", name)]
-    if dropped:
-        print(f"balora: TORCH_CUDA_ARCH_LIST: {', '.join(dropped)} left out, the kernels need {_ARCHITECTURES[0]}")
-    return ";".join(name for name in asked if name not in dropped)
+    kept = [name for name in asked if re.fullmatch(r"([89]|\d\d)\.\d[af]?(\+PTX)?", name)]
+    if kept != asked:
+        dropped = ", ".join(name for name in asked if name not in kept)
+        print(f"balora: TORCH_CUDA_ARCH_LIST: {dropped} left out, expected numbers from {_ARCHITECTURES[0]} on")
+    return ";".join(kept)
 
 
 def _output(*command):

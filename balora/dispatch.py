@@ -80,14 +80,11 @@ def _runs_on(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether a build for a TORCH_CUDA_ARCH_LIST has code for a device.
 
     Machine code runs within its major version from its minor version on, PTX on all that is newer, and what ends in "a"
-    on that very version. Names tell nothing.
+    on that very version.
     """
-    for name in architectures.split(";"):
-        found = re.fullmatch(r"(\d+)\.(\d+)(a?)(\+PTX)?", name)
-        if not found:
-            return True
-        built = int(found[1]), int(found[2])
-        newer = capability >= built and not found[3] and (found[4] or capability[0] == built[0])
+    for major, minor, own, ptx in re.findall(r"(\d+)\.(\d+)([af]?)(\+PTX)?", architectures):
+        built = int(major), int(minor)
+        newer = capability >= built and not own and (ptx or capability[0] == built[0])
         if newer or capability == built:
             return True
     return False

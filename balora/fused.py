@@ -114,7 +114,9 @@ class _Run(streaming.Run):
                 else:
                     # Subtracted before the product, so that its error is relative to the difference.
                     teacher = self._subtracted(t.float() - h, t_out, rows)
-            common: dict[str, Any] = {"labels": y, "temperature": config.temperature if self.kl else 1.0}
+            common: dict[str, Any] = {
+                "labels": y, "temperature": config.temperature if self.kl else 1.0, "padded": True
+            }  # fmt: skip
             seen = rows.forward(student, teacher, **common, top_k=min(config.entropy_top_k, vocab) if entropy else None)
             found.append(seen.terms.sum(1, dtype=torch.float64))
             if g_buffer is not None and self.need_grad:

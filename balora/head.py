@@ -132,7 +132,6 @@ class LinearHead:
             self._gram = (key, spectral.head_gram(self.weight.detach(), linear.extra, known, linear.lift()))
         return self._gram[1]
 
-
     def prepare_svd(self) -> None:
         """Compute what a frozen head keeps for the SVD term, where the term takes that."""
         fits = self.softcap is None and self.weight.shape[0] >= self.weight.shape[1]

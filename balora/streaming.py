@@ -124,7 +124,9 @@ class Run:
             keep = dtype if hidden.dtype == torch.float16 else hidden.dtype
             self.grad_hidden = torch.zeros_like(hidden, dtype=keep, memory_format=torch.contiguous_format)
         extra = self.linear.extra
-        self.grad_weight = torch.zeros_like(head.weight, dtype=dtype) if need[1] else None
+        self.grad_weight = None
+        if need[1]:  # an operator has to tell the strides of its results from the shapes alone
+            self.grad_weight = torch.zeros_like(head.weight, dtype=dtype, memory_format=torch.contiguous_format)
         self.grad_extra = torch.zeros_like(extra) if extra is not None and (need[2] or need[4]) else None
         self.grad_a = torch.zeros_like(self.linear.a) if need[3] and self.linear.a is not None else None
         self.k: Tensor | None = None  # the SVD term's part of the gradient by X is X·K

@@ -24,7 +24,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # read when the kernels are imported
 import torch
 import triton
 from balora_bench import harness
-from balora_kernels import eigh, rows
+from balora_kernels import eigh, rows, tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -143,19 +143,24 @@ def rows_case(
     out: torch.dtype = torch.bfloat16,
     valid: bool = False,
 ):
-    """One chunk of rows through ``forward`` and ``gradient``."""
+    """One chunk of rows through ``forward`` and ``gradient``; with labels in the padded buffers of the objective."""
     n = 8
-    z = torch.empty(n, vocab, dtype=dtype)
+    stride = tiles.row_stride(vocab) if labels else vocab
+
+    def buffer(dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(n, stride, dtype=dtype)[:, :vocab]
+
+    z = buffer(dtype)
     b = torch.empty(vocab) if bias else None
     student = rows.Logits(z, b, scale, cap)
     t = None
     if teacher is not None:
         wide = dtype if teacher == "logits" else out
-        values = rows.Logits(torch.empty(n, vocab, dtype=wide), b, scale, cap if teacher == "logits" else None)
+        values = rows.Logits(buffer(wide), b, scale, cap if teacher == "logits" else None)
         t = rows.Teacher(values, teacher == "difference", torch.empty(1) if factor else None)
     y = torch.empty(n, dtype=torch.int64) if labels else None
     keep = torch.empty(n, dtype=torch.bool) if valid else None
-    common = dict(labels=y, valid=keep, temperature=temperature)
+    common = dict(labels=y, valid=keep, temperature=temperature, padded=labels)
 
     def call() -> None:
         found = rows.forward(student, t, **common, top_k=None if top_k is None else min(top_k, vocab))
@@ -165,7 +170,7 @@ def rows_case(
                 student,
                 t,
                 found,
-                torch.empty(n, vocab, dtype=out),
+                buffer(out),
                 **common,
                 strength=0.05,
                 lambda_diversity=0.005,

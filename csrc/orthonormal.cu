@@ -35,7 +35,7 @@ __device__ inline void add_next(float& sum, const float*& from, int64_t& slices,
 __global__ void __launch_bounds__(THREADS, 8) gather_kernel(const float* partial, int64_t slices, float scale,
                                                             float* panel, unsigned tiles) {
   const int64_t size = int64_t(tiles) * THREADS;  // of a panel
-  partial += blockIdx.x / tiles * slices * size + blockIdx.x % tiles * THREADS + threadIdx.x;
+  partial += blockIdx.x / tiles * slices * size + int64_t(blockIdx.x % tiles) * THREADS + threadIdx.x;
   float sum = 0;
   add_next<16>(sum, partial, slices, size);
   add_next<4>(sum, partial, slices, size);

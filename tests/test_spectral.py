@@ -171,5 +171,7 @@ def test_a_singular_head_gets_a_factor():
     assert head.factor.shape == (8, 6)
     x = torch.randn(9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = torch.linalg.svdvals(torch.cat([x, x @ a.T], 1) @ head.factor)
-    torch.testing.assert_close(found, torch.linalg.svdvals(x[:, :4] @ weight[:, :4].T)[:6].where(torch.arange(6) < 4, 0.0))
+    torch.testing.assert_close(
+        found, torch.linalg.svdvals(x[:, :4] @ weight[:, :4].T)[:6].where(torch.arange(6) < 4, 0.0)
+    )
     assert spectral.head_gram(torch.full((5, 3), torch.nan)).factor.isnan().all()

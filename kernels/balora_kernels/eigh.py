@@ -43,7 +43,8 @@ def jacobi(a_ptr, values_ptr, vectors_ptr, n, sweeps, N: tl.constexpr):
         apart = other - own
         sign = tl.where((apart > 0) | ((apart == 0) & (i < p)), 1.0, -1.0)
         size = tl.abs(apart) + tl.sqrt(apart * apart + 4.0 * between * between)
-        t = tl.where(between == 0.0, 0.0, sign * 2.0 * between / size)
+        # The square of a small number is 0; what is that small beside equal diagonals stays.
+        t = tl.where((between == 0.0) | (size == 0.0), 0.0, sign * 2.0 * between / size)
         c = 1.0 / tl.sqrt(1.0 + t * t)
         # The same rotation of the columns, whose numbers lie along the other axis.
         t_column = tl.sum(tl.where(row == column, t[:, None], 0.0), 0)

@@ -53,9 +53,23 @@ def _is_valid(row, labels_ptr, valid_ptr):
 
 
 @triton.jit
-def _logits(ptr, bias_ptr, columns, mask, scale, cap, CAP: tl.constexpr, SCALED: tl.constexpr):
+def _reach(columns, mask, vocab, PADDED: tl.constexpr):
+    """The columns that may be read and written: up to the vocabulary's end, or on to a multiple of 16, so that the
+    compiler sees whole vectors. Without them V = 50,257 is read number by number."""
+    if PADDED:
+        return columns < (vocab + 15) // 16 * 16
+    else:
+        return mask
+
+
+@triton.jit
+def _logits(
+    ptr, bias_ptr, columns, mask, reach, scale, cap, CAP: tl.constexpr, SCALED: tl.constexpr, PADDED: tl.constexpr
+):
     """z = cap·tanh(v) with v = scale·(a + b)/cap, then tanh(v) and v; −∞ beyond the mask."""
-    a = tl.load(ptr, mask=mask, other=float("-inf")).to(tl.float32)
+    a = tl.load(ptr, mask=reach, other=float("-inf")).to(tl.float32)
+    if PADDED:
+        a = tl.where(mask, a, float("-inf"))
     if bias_ptr is not None:
         a += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     v = a
@@ -72,8 +86,8 @@ def _logits(ptr, bias_ptr, columns, mask, scale, cap, CAP: tl.constexpr, SCALED:
 
 @triton.jit
 def _teacher(
-    ptr, bias_ptr, columns, mask, scale, cap, factor_ptr, th, v, student_cap,
-    TEACHER: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, SCALED: tl.constexpr,
+    ptr, bias_ptr, columns, mask, reach, scale, cap, factor_ptr, th, v, student_cap,
+    TEACHER: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, SCALED: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """z_P where the teacher has logits of its own, else z_P − z.
 
@@ -81,9 +95,11 @@ def _teacher(
     small difference; a large one is subtracted.
     """
     if TEACHER == LOGITS:
-        z, _, _ = _logits(ptr, bias_ptr, columns, mask, scale, cap, TEACHER_CAP, SCALED)
+        z, _, _ = _logits(ptr, bias_ptr, columns, mask, reach, scale, cap, TEACHER_CAP, SCALED, PADDED)
         return z
-    d = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    d = tl.load(ptr, mask=reach, other=0.0).to(tl.float32)
+    if PADDED:
+        d = tl.where(mask, d, 0.0)
     if SCALED:
         d *= scale
     if factor_ptr is not None:
@@ -126,7 +142,7 @@ def tile_states(
     t_inner, t_outer_stride, t_inner_stride, t_stride,
     scale, t_scale, cap, t_cap, k,
     TEACHER: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, SCALED: tl.constexpr,
-    TEACHER_SCALED: tl.constexpr, T: tl.constexpr, TOP: tl.constexpr,
+    TEACHER_SCALED: tl.constexpr, T: tl.constexpr, TOP: tl.constexpr, PADDED: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -135,8 +151,9 @@ def tile_states(
         local = tl.arange(0, TILE // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         columns = tile * TILE + local  # [TILE / BLOCK, BLOCK]
         mask = columns < vocab
+        reach = _reach(columns, mask, vocab, PADDED)
         z_at = z_ptr + _row_offset(row, z_inner, z_outer_stride, z_inner_stride) + columns.to(tl.int64) * z_stride
-        z, th, v = _logits(z_at, bias_ptr, columns, mask, scale, cap, CAP, SCALED)
+        z, th, v = _logits(z_at, bias_ptr, columns, mask, reach, scale, cap, CAP, SCALED, PADDED)
         best = maximum(z, 1)
         if TOP:
             block = tile * (TILE // BLOCK) + tl.arange(0, TILE // BLOCK)
@@ -161,8 +178,8 @@ def tile_states(
         if TEACHER != 0:
             t_at = t_ptr + _row_offset(row, t_inner, t_outer_stride, t_inner_stride) + columns.to(tl.int64) * t_stride
             t = _teacher(
-                t_at, t_bias_ptr, columns, mask, t_scale, t_cap, factor_ptr, th, v, cap,
-                TEACHER, CAP, TEACHER_CAP, TEACHER_SCALED,
+                t_at, t_bias_ptr, columns, mask, reach, t_scale, t_cap, factor_ptr, th, v, cap,
+                TEACHER, CAP, TEACHER_CAP, TEACHER_SCALED, PADDED,
             )  # fmt: skip
             if TEACHER == DIFFERENCE:
                 t_base = tl.max(tl.reshape(z + t, [TILE]), 0) * k
@@ -244,7 +261,8 @@ def merge(
                     label = tl.load(labels_ptr + row)
                     known = (label >= 0) & (label < vocab)
                     label = tl.where(known, label, 0)
-                    labelled, _, _ = _logits(z_row + label * z_stride, bias_ptr, label, known, scale, cap, CAP, SCALED)
+                    at = z_row + label * z_stride
+                    labelled, _, _ = _logits(at, bias_ptr, label, known, known, scale, cap, CAP, SCALED, False)
                     tl.store(term, (tl.log2(whole1) - times_less(labelled, _LOG2E, base1)) * LN2)
             if TEACHER != 0:
                 offset = tl.max(tl.load(state + field, mask=here, other=float("-inf")), 0) - base
@@ -278,7 +296,8 @@ def merge(
             block = largest_blocks(maxima, blocks, BLOCKS, KP)
             columns = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [KP, BLOCK]
             mask = columns < vocab
-            z, _, _ = _logits(z_row + columns.to(tl.int64) * z_stride, bias_ptr, columns, mask, scale, cap, CAP, SCALED)
+            z_at = z_row + columns.to(tl.int64) * z_stride
+            z, _, _ = _logits(z_at, bias_ptr, columns, mask, mask, scale, cap, CAP, SCALED, False)
             keys = tl.topk(tl.reshape(pack(comparable(z), columns, mask), [KP * BLOCK]), KP)
             chosen = rank < top_k
             value = tl.where(chosen, unpack_value(keys), float("-inf"))
@@ -307,27 +326,28 @@ def gradient(
     out_inner, out_outer_stride, out_inner_stride, out_stride,
     scale, t_scale, cap, t_cap, k, strength, out_scale,
     TEACHER: tl.constexpr, CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, SCALED: tl.constexpr,
-    TEACHER_SCALED: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr,
+    TEACHER_SCALED: tl.constexpr, T: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """out = out_scale·(softmax(z) − onehot(label) + strength·(softmax(z/T) − softmax(z_P/T)))·dz/d(scale·(a + b))."""
     row = tl.program_id(0)
     start = tl.program_id(1) * TILE
     columns = start + tl.arange(0, TILE)
     mask = columns < vocab
+    reach = _reach(columns, mask, vocab, PADDED)
     out_at = out_ptr + _row_offset(row, out_inner, out_outer_stride, out_inner_stride)
     out_at += columns.to(tl.int64) * out_stride
     g = tl.zeros([TILE], tl.float32)
     if _is_valid(row, labels_ptr, valid_ptr):
         z_at = z_ptr + _row_offset(row, z_inner, z_outer_stride, z_inner_stride) + columns.to(tl.int64) * z_stride
-        z, th, v = _logits(z_at, bias_ptr, columns, mask, scale, cap, CAP, SCALED)
+        z, th, v = _logits(z_at, bias_ptr, columns, mask, reach, scale, cap, CAP, SCALED, PADDED)
         stat = stats_ptr + row.to(tl.int64) * STATS
         y = times_less(z, k, tl.load(stat))
         e = power2(y)
         if TEACHER != 0:
             t_at = t_ptr + _row_offset(row, t_inner, t_outer_stride, t_inner_stride) + columns.to(tl.int64) * t_stride
             t = _teacher(
-                t_at, t_bias_ptr, columns, mask, t_scale, t_cap, factor_ptr, th, v, cap,
-                TEACHER, CAP, TEACHER_CAP, TEACHER_SCALED,
+                t_at, t_bias_ptr, columns, mask, reach, t_scale, t_cap, factor_ptr, th, v, cap,
+                TEACHER, CAP, TEACHER_CAP, TEACHER_SCALED, PADDED,
             )  # fmt: skip
             shift = tl.load(stat + 5)
             if TEACHER == DIFFERENCE:
@@ -355,7 +375,7 @@ def gradient(
         g *= out_scale
         if scale_ptr is not None:
             g *= tl.load(scale_ptr)
-    tl.store(out_at, g.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_at, g.to(out_ptr.dtype.element_ty), mask=reach)
 
 
 @triton.jit

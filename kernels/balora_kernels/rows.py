@@ -49,10 +49,12 @@ def forward(
     valid: Tensor | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
+    padded: bool = False,
 ) -> Found:
     """CE (with labels), KL (with a teacher) and −H of the top K (with top_k) of every row; each logit is read once.
 
-    labels [N] int64, contiguous, a negative one is not valid; valid [N] bool; top_k from 1 to min(128, V).
+    labels [N] int64, contiguous, a negative one is not valid; valid [N] bool; top_k from 1 to min(128, V). padded says
+    that the rows of all logits go on in memory, to a multiple of 16 columns; what stands there does not matter.
     """
     z = student.values
     n, vocab = z.numel() // z.shape[-1], z.shape[-1]
@@ -68,13 +70,15 @@ def forward(
     if n == 0:
         return Found(terms, stats, top_gradient, top_index)
     flags = _flags(student, teacher, labels, temperature)
+    padded = padded and vocab % 16 != 0
     numbers = _numbers(student, teacher, temperature)
     t = None if teacher is None else teacher.logits
     with on(z):
         kernels.tile_states[(n, cut.tiles)](
             z, t and t.values, student.bias, t and t.bias, labels, _bytes(valid), teacher and teacher.factor,
             states, maxima, n, vocab, cut.tiles, cut.blocks, *_strides(z), *_strides(t and t.values), *numbers,
-            **flags, TOP=top_k is not None, TILE=cut.tile, BLOCK=cut.block, num_warps=tiles.tile_warps(cut), **FUSED,
+            **flags, TOP=top_k is not None, PADDED=padded, TILE=cut.tile, BLOCK=cut.block,
+            num_warps=tiles.tile_warps(cut), **FUSED,
         )  # fmt: skip
         kp = tiles.power_of_two(max(top_k, 2)) if top_k else 0
         kernels.merge[(n,)](
@@ -100,11 +104,13 @@ def gradient(
     lambda_diversity: float = 0.0,
     out_scale: float = 1.0,
     scale: Tensor | None = None,
+    padded: bool = False,
 ) -> None:
     """out = out_scale·scale·the gradient of CE + strength·T·KL + λ₂·(−H) by the student's scale·(values + bias).
 
     Each logit is read once. A row that is not valid becomes 0. out has the shape of the logits, any type and strides;
-    it may be the values of the teacher or of the student themselves. scale [] float32; the others as in ``forward``.
+    it may be the values of the teacher or of the student themselves. scale [] float32; the others as in ``forward``,
+    where padded is said of out too: it is written up to there.
     """
     z = student.values
     n, vocab = z.numel() // z.shape[-1], z.shape[-1]
@@ -118,7 +124,7 @@ def gradient(
             z, t and t.values, student.bias, t and t.bias, labels, _bytes(valid), teacher and teacher.factor,
             found.stats, out, scale, vocab, *_strides(z), *_strides(t and t.values), *_strides(out),
             *_numbers(student, teacher, temperature), strength, out_scale,
-            **flags, TILE=cut.tile, num_warps=tiles.tile_warps(cut), **FUSED,
+            **flags, PADDED=padded and vocab % 16 != 0, TILE=cut.tile, num_warps=tiles.tile_warps(cut), **FUSED,
         )  # fmt: skip
         if found.top_gradient is not None and found.top_index is not None and lambda_diversity != 0:
             top_k = found.top_gradient.shape[1]
