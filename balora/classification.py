@@ -182,7 +182,7 @@ def _label(value: Any, names: list[str] | None, where: str) -> str | bool | int 
         raise ValueError(f"{where}: expected a finite number, found {value}")
     if isinstance(value, str):
         check_unicode(value, where)
-    return value
+    return float(value) if isinstance(value, float) else value  # and not as it was written
 
 
 def _one_kind(labels: list[Any], wheres: list[str]) -> list[Any]:

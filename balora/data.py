@@ -23,7 +23,7 @@ _CHATS = ("messages", "conversations")
 _PROMPTS = ("instruction", "query", "question", "problem", "prompt")
 _RESPONSES = ("output", "response", "answer", "solution", "completion")
 _INPUTS = ("input", "context")  # may stand beside a question, and are appended to it
-_EXPECTED = f"one of {', '.join(_PROMPTS)} and one of {', '.join(_RESPONSES)}; or messages or conversations"
+_EXPECTED = f"a column of {', '.join(_PROMPTS)} and one of {', '.join(_RESPONSES)}; or messages or conversations"
 # ShareGPT's names of the roles.
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -77,7 +77,8 @@ def read(source: str | Path, split: str | None = None, usual: str = "train") -> 
     of ``{"from": …, "value": …}``. A conversation is taken before anything that stands beside it. prompt and completion
     are joined as they stand, or are both lists of messages; every other pair is a question and its answer, and an input
     or context beside it is appended to the question. Nothing is appended to prompt and completion. Of several columns
-    that could be the prompt, or the response, none is chosen. :attr:`Rows.unused` names what is not taken.
+    that could be the prompt, or the response, none is chosen. A number stands for its digits. :attr:`Rows.unused` names
+    what is not taken.
 
     Further keys of a message (tool_calls, reasoning_content, name, …) are handed to the chat template as they are, but
     for nulls and empty lists. A message of the assistant has a text or tool calls; one with calls alone has the content
@@ -120,7 +121,7 @@ def _columns(record: dict[str, Any], where: str) -> tuple[str, ...]:
             return (found[0],)
     prompt, response = (next((n for n in kind if n in record), None) for kind in (_PROMPTS, _RESPONSES))
     if prompt is None or response is None:
-        raise ValueError(f"{where}: expected the columns {_EXPECTED}; found {', '.join(record) or 'no column'}")
+        raise ValueError(f"{where}: expected {_EXPECTED}; found {', '.join(record) or 'no column'}")
     return prompt, response
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +16,18 @@ Record = tuple[str, dict[str, Any]]  # where the row stands, for errors, and its
 
 _FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zip")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SEPARATORS = {",": "commas", "\t": "tabs"}
+
+
+class _Number(float):
+    """A number of JSON that is no whole one, as it was written: 4.10 as a text is not 4.1."""
+
+    def __new__(cls, written: str) -> _Number:
+        number = super().__new__(cls, written)
+        number.written = written
+        return number
+
+    written: str
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,14 @@ def find(source: str | Path, split: str | None = None, usual: str = "train") -> 
     return _loaded(name, base, config, split, usual)
 
 
+def located(source: str) -> str:
+    """The name of the same data set from any folder: an absolute path if it is on disk, else the name as it is."""
+    base, _, config = source.rpartition(":")
+    if os.path.exists(source):
+        return os.path.abspath(source)
+    return f"{os.path.abspath(base)}:{config}" if base and os.path.exists(base) else source
+
+
 def jsonl(path: Path, expected: str = "a JSON object") -> Iterator[Record]:
     """The objects of a file with one JSON object a line; empty lines are passed over. ``expected``: for errors."""
     for number, line in _lines(path):
@@ -125,7 +147,7 @@ def _objects(rows: list[Any], path: Path) -> Iterator[Record]:
 
 def _json(text: str, where: str, expected: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=_Number)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: expected {expected}, found {short(text)} ({error})") from None
 
@@ -150,12 +172,19 @@ def _csv(path: Path, delimiter: str) -> Iterator[Record]:
                 continue
             if header is None:
                 header = fields
+                other = next((c for c in ";\t|," if c != delimiter and c in header[0]), None)
+                if len(header) == 1 and other:
+                    raise ValueError(
+                        f"{where}: expected the columns' names between {_SEPARATORS[delimiter]}, found 1 field, "
+                        f"{short(header[0])}; is {other!r} what separates the fields of this file?"
+                    )
                 if len(set(header)) < len(header):
                     raise ValueError(
                         f"{where}: expected the columns' names, each once, in the first line; found {short(fields)}"
                     )
             elif len(fields) != len(header):
-                raise ValueError(f"{where}: expected {len(header)} fields, as in the first line; found {len(fields)}")
+                expected = "1 field" if len(header) == 1 else f"{len(header)} fields"
+                raise ValueError(f"{where}: expected {expected}, as in the first line; found {len(fields)}")
             else:
                 yield where, dict(zip(header, fields, strict=True))
     except csv.Error as error:
@@ -237,9 +266,13 @@ def _without_nulls(value: Any) -> Any:
 
 
 def text_of(value: Any, where: str) -> str:
-    """``value``, if it is a text that is not blank and that UTF-8 can hold; ValueError otherwise."""
+    """``value``, if it is a text that is not blank and that UTF-8 can hold, or a number, as it was written; ValueError
+    otherwise.
+    """
+    if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
+        return value.written if isinstance(value, _Number) else str(value)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: expected a text that is not empty, found {short(value)}")
+        raise ValueError(f"{where}: expected a text that is not empty, or a number; found {short(value)}")
     check_unicode(value, where)
     return value
 

@@ -120,10 +120,13 @@ BAD = {
         "line 1: expected one text or pair of texts, found sentence1 and sentence2; text",
     ),
     "label gone": ([{"text": "t", "label": 1}, {"text": "t"}], "line 2: expected the column 'label', as in the rows"),
-    "empty text": ([{"text": "", "label": 1}], "line 1, column 'text': expected a text that is not empty, found ''"),
+    "empty text": (
+        [{"text": "", "label": 1}],
+        "line 1, column 'text': expected a text that is not empty, or a number; found ''",
+    ),
     "empty pair": (
         [{"text": "t", "text_pair": None, "label": 1}],
-        "line 1, column 'text_pair': expected a text that is not empty, found None",
+        "line 1, column 'text_pair': expected a text that is not empty, or a number; found None",
     ),
     "no class": (
         [{"text": "t", "label": 1}, {"text": "t", "label": None}],

@@ -351,24 +351,24 @@ BAD = {
     "a list": ([GOOD, "[1]"], r"line 2: expected a JSON object, found \[1\]"),
     "unknown columns": (
         [{"text": "x", "label": 1}],
-        "line 1: expected the columns one of instruction, .*; or messages or conversations; found text, label",
+        "line 1: expected a column of instruction, .* and one of output, .*; or messages or .*; found text, label",
     ),
-    "no column": (["{}"], "line 1: expected the columns .*; found no column"),
+    "no column": (["{}"], "line 1: expected a column of .*; found no column"),
     "column missing": (
         [GOOD, {"question": "q"}],
         "line 2: expected the column 'answer', as in the rows before; found question",
     ),
     "null": (
         [GOOD, GOOD, {"question": "q", "answer": None}],
-        "line 3, column 'answer': expected a text .*, found None",
+        "line 3, column 'answer': expected a text .*; found None",
     ),
     "empty": (
         [{"question": " ", "answer": "a"}],
-        "line 1, column 'question': expected a text that is not empty, found ' '",
+        "line 1, column 'question': expected a text that is not empty, or a number; found ' '",
     ),
     "bad input": (
-        [{"instruction": "i", "input": 3, "output": "o"}],
-        "line 1, column 'input': expected a text that is not empty, found 3",
+        [{"instruction": "i", "input": True, "output": "o"}],
+        "line 1, column 'input': expected a text that is not empty, or a number; found True",
     ),
     "messages not a list": ([{"messages": "hi"}], "line 1, column 'messages': expected a list .*, found 'hi'"),
     "message without role": (
@@ -400,6 +400,8 @@ BAD = {
         "expected a message of the role 'assistant', found .'user'",
     ),
     "half a surrogate": (['{"question": "q", "answer": "\\ud800"}'], "line 1, column 'answer': expected Unicode text"),
+    "an infinity": (['{"question": "q", "answer": 1e999}'], "expected a text .*, or a number; found inf"),
+    "not a number": (['{"question": "q", "answer": NaN}'], "expected a text .*, or a number; found nan"),
     "a huge number": (['{"question": ' + "9" * 5000 + "}"], "line 1: expected a JSON object, found '{.question"),
     "two prompts": (
         [{"question": "q", "problem": "p", "answer": "a"}],
@@ -413,7 +415,7 @@ BAD = {
         [{"messages": [], "conversations": []}],
         "line 1: expected one column of messages, conversations; found messages, conversations",
     ),
-    "no response": ([{"question": "q"}], "line 1: expected the columns .*; found question"),
+    "no response": ([{"question": "q"}], "line 1: expected a column of .*; found question"),
     "unknown role": (
         [{"conversations": [{"from": "bing", "value": "x"}]}],
         "column 'conversations': expected one of human, user, gpt, assistant, system in message 0, found 'bing'",
@@ -449,6 +451,16 @@ def test_a_bad_row_is_named(tmp_path, case):
     with pytest.raises(ValueError, match=message) as caught:
         data.read_jsonl(write(tmp_path, *rows))
     assert str(tmp_path / "rows.jsonl") in str(caught.value)
+
+
+def test_a_number_stands_for_its_digits(tmp_path):
+    """As they were written: 4.10 as a text is not 4.1."""
+    numbers = ["4", "-7", "0", "4.10", "1e3", "1E-05", "9" * 400, "0.1000000000000000055"]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(f'{{"question": {n}, "answer": {n}, "input": {n}}}\n' for n in numbers)
+    )
+    for row, number in zip(data.read_jsonl(tmp_path / "rows.jsonl"), numbers, strict=True):
+        assert [m["content"] for m in row.messages] == [f"{number}\n\n{number}", number]
 
 
 def test_a_missing_file_and_a_file_that_is_not_text(tmp_path):
@@ -498,5 +510,5 @@ def test_a_reader_is_read_as_it_is_tokenized(tmp_path):
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
             data.tokenize(rows, tiny_tokenizer(), 50, "rows")
-    with pytest.raises(ValueError, match=r"line 1: expected the columns .*; found text"):
+    with pytest.raises(ValueError, match=r"line 1: expected a column of .*; found text"):
         data.read(write(tmp_path, {"text": "x"}))

@@ -61,6 +61,17 @@ def hub_folder(tmp_path):
     return folder
 
 
+def test_a_name_that_means_the_same_from_any_folder(tmp_path, monkeypatch):
+    write(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "set").mkdir()
+    monkeypatch.chdir(tmp_path / "set")
+    assert sources.located("../rows.jsonl") == sources.located(str(tmp_path / "rows.jsonl"))
+    assert sources.located("../rows.jsonl") == str(tmp_path / "rows.jsonl")
+    assert sources.located("../set:main") == f"{tmp_path / 'set'}:main"
+    for name in ("openai/gsm8k", "openai/gsm8k:main", "gone.jsonl", ":main", ""):
+        assert sources.located(name) == name
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_every_kind_of_file(tmp_path, suffix):
     rows = [*ROWS, {"question": 'Say "NA",\nor\tnull.', "answer": "007"}, {"question": "é\u2028", "answer": "None"}]
@@ -110,6 +121,17 @@ BAD = {
         "rows.csv",
         'a,b\n"1\n2",3\n4\n',
         "rows.csv, line 4: expected 2 fields, as in the first line; found 1",
+    ),
+    "csv short of one": ("rows.csv", "a\n1,2\n", "rows.csv, line 2: expected 1 field, as in the first line; found 2"),
+    "csv semicolons": (
+        "rows.csv",
+        "question;answer\n1;2\n",
+        "rows.csv, line 1: expected the columns' names between commas, found 1 field, 'question;answer'; is ';' what",
+    ),
+    "tsv commas": (
+        "rows.tsv",
+        "a,b\n1,2\n",
+        "line 1: expected the columns' names between tabs, found 1 field, 'a,b'; is ','",
     ),
     "csv twice": ("rows.csv", "a,b,a\n1,2,3\n", "rows.csv, line 1: expected the columns' names, each once"),
     "csv open quote": ("rows.csv", 'a,b\n1,2\n3,"4\n5,6\n', "rows.csv, line 3: expected quotes in pairs"),
@@ -247,5 +269,5 @@ def test_the_nulls_that_a_table_adds_to_its_objects_are_taken_away(tmp_path):
 def test_rows_of_a_table_are_checked_where_they_stand(tmp_path):
     write(tmp_path / "rows.parquet", [*ROWS, {"question": "q", "answer": None}])
     rows = data.read(tmp_path / "rows.parquet")
-    with pytest.raises(ValueError, match="rows.parquet, row 6, column 'answer': expected a text .*, found None"):
+    with pytest.raises(ValueError, match="rows.parquet, row 6, column 'answer': expected a text .*; found None"):
         list(rows)
