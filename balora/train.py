@@ -10,7 +10,6 @@ from typing import Any
 
 import peft
 import torch
-import yaml
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -19,12 +18,13 @@ from transformers import (
     set_seed,
 )
 
-from . import _import, checkpoints, quantized, tasks
-from .adapters import FROZEN, RESIDUAL_BASE, checkpoint_form
+from . import _import, quantized, resume, tasks
+from .adapters import FROZEN, RESIDUAL_BASE
 from .config import BALoraConfig
 from .export import export_lora, how_to_load
 from .modeling import attach, attachment
 from .pissa import get_pissa_model, principal_errors
+from .resume import CLASSES, LORA, RECIPE
 from .sharding import sharded
 from .targets import as_named, default_targets
 from .tokenized import Tokenized
@@ -113,11 +113,8 @@ TRAINING_DEFAULTS = {
     "num_train_epochs": 1.0,
     "logging_steps": 10,
 }
-RECIPE = "recipe.yaml"
-LORA = "lora"
 LORA_PRETRAINED = "lora_pretrained"
 REPORT = "report.html"
-CLASSES = "classes.json"  # of a classifier, in the order of its outputs
 
 
 def setup(
@@ -148,7 +145,7 @@ def setup(
     if run.preset is not None and (asked := BALoraConfig.preset(run.preset).task) != config.task:
         raise ValueError(f"task: expected {asked!r}, as in the preset {run.preset}, found {config.task!r}")
     _check_training(training)
-    checkpoint = _checkpoint(training)
+    checkpoint = resume.checkpoint(training)
     if training.eval_strategy != "no" and run.eval_data is None:
         raise ValueError(f"eval_data: expected with eval_strategy={training.eval_strategy.value!r}, found none")
     if run.eval_split is not None and run.eval_data is None:
@@ -166,15 +163,17 @@ def setup(
     task = tasks.find(run, config.task, tokenizer)
     sets = [task.train, *([task.evaluation] if task.evaluation else [])]
     _check_vocabulary(run.model, sets)
-    if checkpoint is not None and task.classes is not None:
-        _check_classes(task.classes, checkpoint)
+    if checkpoint is not None:
+        if task.classes is not None:
+            resume.check_classes(task.classes, checkpoint)
+        resume.check_recipe(run, training, checkpoint)
 
     set_seed(training.seed)  # of a fresh head, and of adapters with a random start
     model, trained_in_full = task.load()
     _check_positions(model, sets)
     model = _adapted(model, run, trained_in_full)
     if checkpoint is not None:
-        _check_adapters(model, run.form if run.adapter == "pissa" else None, checkpoint)
+        resume.check_adapters(model, run.form if run.adapter == "pissa" else None, checkpoint)
     attach(model, config)
     start = principal_errors(model).summary if run.adapter == "pissa" else {"lora": "LoRA", "dora": "DoRA"}[run.adapter]
     tasks.say(start)
@@ -208,9 +207,8 @@ def setup(
         classes.write_text(json.dumps(task.classes, ensure_ascii=False), encoding="utf-8")
     if recipe is not None and training.should_save:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-        kept = {name: value for name, value in recipe.items() if not name.endswith("_token")}  # no secret in a file
-        text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
-        (Path(training.output_dir) / RECIPE).write_text(text, encoding="utf-8")
+        (Path(training.output_dir) / RECIPE).write_text(resume.recipe_text(recipe), encoding="utf-8")
+    trainer.recipe = resume.recipe_text({**(recipe or {}), **resume.settled(run, training)})
     return trainer, checkpoint
 
 
@@ -283,34 +281,6 @@ def _add_report(trainer: BALoraTrainer, about: dict[str, str], recipe: dict[str,
     trainer.add_callback(trainer.report)
 
 
-def _checkpoint(training: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: the named one, or for ``true`` the last complete one of the output folder."""
-    folder = Path(str(training.output_dir))
-    if folder.is_file():
-        raise ValueError(f"output_dir: expected a folder, found the file {folder}")
-    found = checkpoints.newest_first(folder)
-    asked = training.resume_from_checkpoint
-    if asked is None or str(asked).lower() == "false":
-        if found:
-            raise ValueError(
-                f"output_dir: {folder} holds {found[0].name} of an earlier run; add --resume_from_checkpoint true to "
-                "go on from it, or name another folder"
-            )
-        if (folder / LORA).exists():
-            raise ValueError(f"output_dir: {folder} holds the LoRA of an earlier run; name another folder")
-        return None
-    if str(asked).lower() != "true":
-        if not checkpoints.resumable(Path(asked)):
-            raise ValueError(f"resume_from_checkpoint: expected 'true' or a complete checkpoint, found {asked!r}")
-        return str(asked)
-    path = checkpoints.newest(folder, checkpoints.resumable, lambda text: tasks.say(f"resume: {text}"))
-    if path is not None:
-        tasks.say(f"resume: from {path}")
-        return str(path)
-    tasks.say(f"resume: no complete checkpoint in {folder}, starting from the beginning")
-    return None
-
-
 def _check_training(training: TrainingArguments) -> None:
     """What Hugging Face's arguments let pass, and what would stop or spoil the run only later."""
     if training.label_smoothing_factor != 0:
@@ -330,35 +300,6 @@ def _check_training(training: TrainingArguments) -> None:
     if training.max_steps <= 0 and not training.num_train_epochs > 0:
         raise ValueError(f"num_train_epochs: expected a number above 0, found {training.num_train_epochs}")
     Trainer.get_optimizer_cls_and_kwargs(training)  # raises where the optimizer's package is missing
-
-
-def _check_classes(classes: list[str], checkpoint: str) -> None:
-    """A run goes on with the classes that it began with: as many others would take over the outputs of those."""
-    path = Path(checkpoint).parent / CLASSES
-    then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else classes  # older runs have none
-    if then != classes:
-        there, here = (f"the classes {tasks.listed(names)}" if names else "a regression" for names in (then, classes))
-        raise ValueError(f"label: expected {there}, as in {checkpoint}; found {here}")
-
-
-def _check_adapters(model: Any, form: str | None, checkpoint: str) -> None:
-    """A checkpoint goes on with the adapters that it was made with: others would give its factors another meaning."""
-    made = checkpoint_form(checkpoint)
-    if made != form:
-        name = "form" if made and form else "adapter"
-        raise ValueError(f"{name}: expected {made or 'no PiSSA'!r}, as in {checkpoint}, found {form or 'no PiSSA'!r}")
-    now = model.peft_config["default"].to_dict()
-    then = json.loads((Path(checkpoint) / "adapter_config.json").read_text())
-    if now["use_dora"] != then["use_dora"]:
-        asked, found = ("dora" if x["use_dora"] else "lora" for x in (then, now))
-        raise ValueError(f"adapter: expected {asked!r}, as in {checkpoint}, found {found!r}")
-    for name in ("r", "lora_alpha", "target_modules", "exclude_modules", "modules_to_save"):
-        here, there = (sorted(x[name]) if isinstance(x[name], (list, set)) else x[name] for x in (now, then))
-        if here != there:
-            raise ValueError(
-                f"{name}: expected {there}, as in {checkpoint}, found {here}; a run goes on with the adapters that it "
-                "began with"
-            )
 
 
 def _check_vocabulary(model: str, sets: list[Tokenized]) -> None:

@@ -19,6 +19,7 @@ Trainers of preferences or rewards (DPO, GRPO, …) have no labels that this obj
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,14 @@ from .modeling import attachment, set_progress
 from .sharding import check_engine
 
 _TERMS = ("ce", "consistency", "diversity", "svd")
+
+_CARD = """---
+library_name: peft
+---
+# A training checkpoint, for resuming only
+Loaded by peft alone these adapters make a wrong model, because balora trains them beside their frozen start.
+`balora export RUN OUT` makes the LoRA that loads without balora, and `balora.export_lora` that of a model in memory.
+"""
 
 
 class BALoraCallback(TrainerCallback):
@@ -212,10 +221,16 @@ class BALoraTrainer(BALoraMixin, Trainer):
     """Hugging Face's Trainer for an attached model. Its checkpoints hold the model's config.json too."""
 
     report: Any = None  # the ReportCallback of ``balora train``
+    recipe: str | None = None  # what ``balora train`` keeps in every checkpoint, for when it goes on
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's; what base the adapters are for, and the classes, are then known without loading it."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             model: Any = self.accelerator.unwrap_model(self.model)
-            model.config.save_pretrained(output_dir or self.args.output_dir)
+            folder = Path(str(output_dir or self.args.output_dir))
+            model.config.save_pretrained(folder)
+            if any(form_of(m) for m in model.modules()):
+                (folder / "README.md").write_text(_CARD, encoding="utf-8")  # in place of peft's, which says how to load
+            if self.recipe is not None:
+                (folder / "recipe.yaml").write_text(self.recipe, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 import shutil
 import sys
 
@@ -156,6 +157,61 @@ def test_a_finished_run_is_not_overwritten_and_not_resumed_with_other_adapters(i
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_a_run_goes_on_with_its_data_and_its_optimizer(inputs, tmp_path, capsys, monkeypatch):
+    """The Trainer would take the old rate from the checkpoint, and recipe.yaml would hold the new one."""
+    out = tmp_path / "run"
+    values = options(inputs, out, save_steps=2, max_steps=2, learning_rate=1e-2, lr_scheduler_type="constant")
+    assert cli.main(["train", *flags(values)]) == 0
+    before = (out / "recipe.yaml").read_text()
+    shutil.copy(inputs / "rows.jsonl", tmp_path / "others.jsonl")
+    kept = out / "checkpoint-2" / "recipe.yaml"
+    for name, value, expected in [
+        ("learning_rate", 1e-3, "0.01"),
+        ("weight_decay", 0.1, "0.0"),
+        ("adam_beta1", 0.8, "0.9"),
+        ("adam_beta2", 0.9, "0.999"),
+        ("adam_epsilon", 1e-4, "1e-08"),
+        ("optim", "sgd", "adamw_torch"),
+        ("lr_scheduler_type", "reduce_lr_on_plateau", "constant"),
+        ("data", tmp_path / "others.jsonl", inputs / "rows.jsonl"),
+    ]:
+        again = {**values, "max_steps": 4, "eval_data": inputs / "rows.jsonl", "eval_strategy": "steps", name: value}
+        assert cli.main(["train", *flags(again), "--resume_from_checkpoint", "true"]) == 2
+        error = capsys.readouterr().err
+        assert f"error: {name}: expected {expected}" in error
+        assert f", as in {kept}, found {value}" in error
+        assert (out / "recipe.yaml").read_text() == before
+    # An edited recipe is no way around it; a shorter run, another log and the same file by another name are no change.
+    recipe = yaml.safe_load(before)
+    (out / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "learning_rate": 1e-3}))
+    resumed = ["--resume_from_checkpoint", "true", "--max_steps", "4", "--logging_steps", "2"]
+    assert cli.main(["train", str(out / "recipe.yaml"), *resumed]) == 2
+    monkeypatch.chdir(inputs)
+    resumed += ["--learning_rate", "1e-2", "--data", "rows.jsonl", "--lr_scheduler_type", "constant_with_warmup"]
+    assert cli.main(["train", str(out / "recipe.yaml"), *resumed]) == 0
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["learning_rate"] == 0.01
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 4
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_kept_recipe_means_the_same_from_any_folder(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(inputs)
+    values = options(inputs, "run", model="model", data="rows.jsonl", eval_data="rows.jsonl", save_steps=2, max_steps=2)
+    values |= {"output_dir": os.path.relpath(tmp_path / "run"), "hub_token": "hf_1234"}
+    assert cli.main(["train", *flags(values)]) == 0
+    kept = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert (kept["model"], kept["output_dir"]) == (str(inputs / "model"), str(tmp_path / "run"))
+    assert kept["data"] == kept["eval_data"] == str(inputs / "rows.jsonl")
+    assert all("hf_1234" not in path.read_text() for path in (tmp_path / "run").rglob("recipe.yaml"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    resumed = ["--resume_from_checkpoint", "true", "--max_steps", "3"]
+    assert cli.main(["train", str(tmp_path / "run" / "recipe.yaml"), *resumed]) == 0
+    assert f"resume: from {tmp_path / 'run' / 'checkpoint-2'}\n" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_lora_does_not_go_on_as_dora(inputs, tmp_path, capsys):
     values = options(inputs, tmp_path / "run", adapter="lora", max_steps=1, save_steps=1)
     assert cli.main(["train", *flags(values)]) == 0
@@ -214,7 +270,7 @@ def test_all_layers_or_a_pattern(inputs, tmp_path, targets):
     assert cli.main(["train", *flags(values)]) == 0
     names = load_file(tmp_path / "run" / "lora" / "adapter_model.safetensors").keys()
     assert len(names) == (28 if targets == "all-linear" else 4)
-    assert all("hf_1234" not in path.read_text() for path in (tmp_path / "run").glob("re*"))
+    assert all("hf_1234" not in path.read_text() for path in (tmp_path / "run").rglob("re*"))
 
 
 @pytest.mark.usefixtures("no_pictures")

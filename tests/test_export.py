@@ -78,6 +78,16 @@ def test_a_killed_run_is_exported_from_its_newest_checkpoint(inputs, run, killed
     assert alone.peft_config["default"].r == 8
 
 
+def test_a_checkpoint_says_what_it_is_for(inputs, run, tmp_path):
+    """peft's card, which says nothing of it, stays where peft alone loads the adapters right."""
+    text = (run / "checkpoint-2" / "README.md").read_text()
+    assert "for resuming only" in text
+    assert "`balora export RUN OUT`" in text
+    assert not (run / "lora" / "README.md").exists()
+    plain = trained(inputs, tmp_path / "run", adapter="lora")
+    assert "for resuming only" not in (plain / "checkpoint-2" / "README.md").read_text()
+
+
 def test_one_checkpoint_is_exported_by_its_name(run, tmp_path):
     assert export.export_run(run / "checkpoint-1", tmp_path / "one") == run / "checkpoint-1"
     assert export.export_run(run / "checkpoint-2", tmp_path / "two") == run / "checkpoint-2"
