@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 import balora
 from balora import data
 
+if len(sys.argv) < 6:
+    sys.exit(__doc__)
 name, file, out, (steps, accumulation) = *sys.argv[1:4], map(int, sys.argv[4:6])
 set_seed(0)
 tokenizer = AutoTokenizer.from_pretrained(name)

@@ -8,6 +8,8 @@ import balora
 from balora import data
 from balora.trainer import BALoraTrainer
 
+if len(sys.argv) < 5:
+    sys.exit(__doc__)
 name, file, out, steps = *sys.argv[1:4], int(sys.argv[4])
 tokenizer = AutoTokenizer.from_pretrained(name)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 import balora
 from balora import data
 
+if len(sys.argv) < 5:
+    sys.exit(__doc__)
 name, file, out, steps = *sys.argv[1:4], int(sys.argv[4])
 torch.manual_seed(0)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -15,6 +15,8 @@ class MySFTTrainer(BALoraMixin, SFTTrainer):  # SFTTrainer alone trains a loss o
     pass
 
 
+if len(sys.argv) < 5:
+    sys.exit(__doc__)
 name, file, out, steps = *sys.argv[1:4], int(sys.argv[4])
 rows = load_dataset("json", data_files=file, split="train")
 rows = rows.map(lambda row: {"prompt": row["question"] + "\n", "completion": row["answer"]})
