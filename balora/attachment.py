@@ -64,13 +64,13 @@ def attachment(model: nn.Module) -> tuple[Any, Attachment]:
 
 
 def set_progress(peft_model: nn.Module, step: int, max_steps: int) -> None:
-    """Tell an attached model that optimizer step ``step`` of ``max_steps`` is next, for the schedules of λ."""
+    """Tell an attached model that optimizer step ``step`` (0 to ``max_steps``) is next, for the schedules of λ."""
     _, state = attachment(peft_model)
     for name, value in (("step", step), ("max_steps", max_steps)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected a whole number, found {value!r} of type {type(value).__name__}")
-    if max_steps < 1 or step < 0:
-        raise ValueError(f"step, max_steps: expected 0 or more and 1 or more, found {step} and {max_steps}")
+    if max_steps < 1 or not 0 <= step <= max_steps:
+        raise ValueError(f"step, max_steps: expected 0 to max_steps, and 1 or more, found {step} and {max_steps}")
     state.progress = (step, max_steps)
 
 

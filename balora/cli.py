@@ -69,8 +69,8 @@ def _export(argv: list[str]) -> int:
     parser.add_argument(
         "--onto",
         choices=("pretrained", "residual"),
-        help="of a run on a base of `balora quantize`: the LoRA for its own 4-bit weights (residual, the default) or "
-        "for the full-precision model that they were made of (pretrained)",
+        help="what the LoRA is for: the full-precision model (pretrained), or the 4-bit weights of `balora quantize` "
+        "(residual, the default of a run on those; of other runs pretrained is all there is)",
     )
     options = parser.parse_args(argv)
     try:
@@ -107,6 +107,8 @@ def _compare(argv: list[str]) -> int:
             help="an option of balora train and its values, each a run of the method balora; may be given again. "
             "Other options stay: with r, lora_alpha does",
         )
+        _describe(parser, output_dir="folder of all runs, each in METHOD/SEED; finished ones are not repeated")
+        _describe(parser, resume_from_checkpoint=argparse.SUPPRESS)  # an interrupted run always goes on
         for option, instead in (("--adapter", "--methods"), ("--seed", "--seeds")):
             if _given(option, argv):
                 raise ValueError(f"{option[2:]}: expected {instead} in its place, found {option}")
@@ -187,6 +189,28 @@ def _train_arguments(run: Any, argv: list[str]) -> tuple[dict[str, Any], tuple]:
     return _parsed(_train_parser(run), argv)
 
 
+# What TrainingArguments has for scripts of another kind, and why not here.
+_NO_OPTIONS = {
+    "do_train": "it always trains",
+    "do_eval": "eval_data are evaluated at the end, and as eval_strategy says",
+    "do_predict": "it writes no predictions",
+}
+# In place of Hugging Face's; hidden is what does nothing here, or is refused.
+_HELP = {
+    "output_dir": "folder of the run: checkpoints, recipe.yaml, report.html, at the end lora; a new one, but to resume",
+    "resume_from_checkpoint": "true: go on from the newest complete checkpoint in output_dir, or begin anew where "
+    "there is none; or the folder of a checkpoint",
+    **dict.fromkeys(_NO_OPTIONS, argparse.SUPPRESS),
+    **dict.fromkeys(("label_smoothing_factor", "use_liger_kernel", "liger_kernel_config"), argparse.SUPPRESS),
+    "local_rank": argparse.SUPPRESS,  # torch.distributed.launch gives it to every script
+}
+
+
+def _describe(parser: argparse.ArgumentParser, **help_of: str) -> None:
+    for action in parser._actions:
+        action.help = help_of.get(action.dest, action.help)
+
+
 def _train_parser(run: Any, *further: type) -> Any:
     """The parser of ``balora train``, with the fields of further dataclasses."""
     from transformers import HfArgumentParser
@@ -204,6 +228,7 @@ def _train_parser(run: Any, *further: type) -> Any:
         allow_abbrev=False,
     )
     parser.set_defaults(**run.TRAINING_DEFAULTS)
+    _describe(parser, **_HELP)
     for action in parser._actions:
         action.required |= action.dest == "output_dir"  # not a default folder of somebody else's name
         if action.dest == "svd_rank":  # annotated as a float; 10 is a number of singular values, 0.3 a fraction of them
@@ -228,6 +253,8 @@ def _parsed(parser: Any, argv: list[str]) -> tuple[dict[str, Any], tuple]:
     values = {k: v for part in parsed for k, v in vars(part).items()}
     asked.update({name: _plain(values[name]) for name in values if name in given})
     asked.pop("resume_from_checkpoint", None)  # said of one start, not of the run
+    for name in asked.keys() & _NO_OPTIONS.keys():
+        raise ValueError(f"{name}: expected no such option ({_NO_OPTIONS[name]}), found {asked[name]!r}")
     return asked, tuple(parsed)
 
 

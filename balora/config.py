@@ -82,11 +82,14 @@ class BALoraConfig:
             "covariance: squared covariances between classes (NLU)"
         },
     )
-    entropy_top_k: int = field(default=20, metadata={"help": "K, how many tokens the diversity term looks at"})
+    entropy_top_k: int = field(
+        default=20, metadata={"help": "K, how many tokens the diversity term looks at; more than there are: all"}
+    )
     svd_rank: float = field(
         default=10,
         metadata={
-            "help": "k, how many singular values the SVD term sums: a whole number, or (0.3) a fraction of all of them"
+            "help": "k, how many singular values the SVD term sums: a whole number (more than there are: all), or "
+            "(0.3) a fraction of all of them"
         },
     )
     svd_norm: str = field(

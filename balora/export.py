@@ -27,6 +27,7 @@ def export_lora(peft_model: peft.PeftModel, directory: str | Path, onto: str = "
     so that the two parts do not have to cancel again in whatever type the LoRA is loaded in. A model with ordinary LoRA
     adapters is saved as it is. ``modules_to_save`` go with it, in full.
 
+    Like ``save_pretrained`` it writes over an earlier LoRA in ``directory`` (``balora export`` wants an empty folder).
     With several processes every one calls this, and the first one writes. (Where an engine has sharded the adapters,
     FSDP2 or ZeRO-3, they are gathered here, which takes all of them.)
 
@@ -38,13 +39,16 @@ def export_lora(peft_model: peft.PeftModel, directory: str | Path, onto: str = "
     Onto "residual", its own 4-bit weights: A and B as they are, of rank r, the trained model up to peft's rounding.
 
     Raises:
-        ValueError: another adapter is active, a factor is not finite, or onto="residual" has no such base.
+        ValueError: another adapter is active, a factor is not finite, onto="residual" has no such base, or the
+            directory is a file.
     """
     if onto not in ("pretrained", "residual"):
         raise ValueError(f"onto: expected 'pretrained' or 'residual', found {onto!r}")
     if not isinstance(peft_model, peft.PeftModel):
         raise TypeError(f"peft_model: expected a peft.PeftModel, found {type(peft_model).__name__}")
     directory = Path(directory)
+    if directory.is_file():
+        raise ValueError(f"directory: expected a folder, found the file {directory}")
     if not (sharded(peft_model) or first_process()):
         return
     reshard(peft_model)

@@ -94,6 +94,12 @@ def located(source: str) -> str:
     return f"{os.path.abspath(base)}:{config}" if base and os.path.exists(base) else source
 
 
+def not_loaded(model: str, error: Exception) -> str:
+    """Why a model could not be loaded: a path where nothing is, Hugging Face takes for a malformed name of the hub."""
+    is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1
+    return "found nothing there" if is_path and not os.path.exists(model) else str(error)
+
+
 def jsonl(path: Path, expected: str = "a JSON object") -> Iterator[Record]:
     """The objects of a file with one JSON object a line; empty lines are passed over. ``expected``: for errors."""
     for number, line in _lines(path):

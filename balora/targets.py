@@ -84,6 +84,7 @@ def checked_targets(model: nn.Module, targets: list[str] | str, excluded: list[s
         )
     experts = fused_experts(model)
     if not experts:
+        check_any_hit(model, targets)
         return targets
     if targets != "all-linear":
         for target in [targets] if isinstance(targets, str) else targets:
@@ -92,6 +93,7 @@ def checked_targets(model: nn.Module, targets: list[str] | str, excluded: list[s
             gone = target.rpartition(".")[2] in _BEFORE_FUSION and not any(named_by(entry, name) for name in linear)
             if fused or gone:
                 raise fused_error(target, fused or experts)
+        check_any_hit(model, targets)
     return _shortest(model, linear) if isinstance(targets, str) and linear else targets
 
 
@@ -100,6 +102,17 @@ def as_named(targets: list[str] | str | None) -> list[str] | str | None:
     if isinstance(targets, list) and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
         return targets[0]
     return targets
+
+
+def check_any_hit(model: nn.Module, targets: list[str] | str) -> None:
+    """Raise where no module has any of these names. peft asks for no more: a list may serve several architectures."""
+    _check_names("target_modules", targets)
+    everything = isinstance(targets, str) and targets.lower() == "all-linear"
+    if not everything and not any(named_by(targets, name) for name, _ in model.named_modules()):
+        found = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LINEAR)})
+        raise ValueError(
+            f"target_modules: expected layers of the model, of {', '.join(found)}; found {targets!r}, which names none"
+        )
 
 
 def check_hits(model: nn.Module, argument: str, names: list[str] | str | None) -> None:

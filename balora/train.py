@@ -26,7 +26,8 @@ from .modeling import attach, attachment
 from .pissa import get_pissa_model, principal_errors
 from .resume import CLASSES, LORA, RECIPE
 from .sharding import sharded
-from .targets import as_named, default_targets
+from .sources import not_loaded
+from .targets import as_named, check_any_hit, default_targets
 from .tokenized import Tokenized
 from .trainer import BALoraTrainer
 
@@ -153,7 +154,8 @@ def setup(
     try:
         tokenizer = AutoTokenizer.from_pretrained(run.model)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model: expected a model and its tokenizer at {run.model}; {error}") from error
+        why = not_loaded(run.model, error)
+        raise ValueError(f"model: expected a model and its tokenizer at {run.model}; {why}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
@@ -225,7 +227,9 @@ def _adapted(model: Any, run: RunArguments, trained_in_full: list[str]) -> peft.
     )
     if run.adapter == "pissa":
         return get_pissa_model(model, target_modules=targets, form=run.form, **options)
-    targets = default_targets(model) if targets is None else targets
+    if targets is None:
+        targets = default_targets(model)
+    check_any_hit(model, targets)
     task_type = "SEQ_CLS"
     if model.can_generate():
         task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
@@ -244,6 +248,8 @@ def train(trainer: BALoraTrainer, checkpoint: str | None) -> Path:
         if trainer.report is not None:
             trainer.report.stop(error, trainer.state)
         raise
+    if checkpoint is not None:
+        tasks.say(f"train: train_loss counts the steps after {checkpoint} only")
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()

@@ -78,10 +78,11 @@ class BALoraCallback(TrainerCallback):
             check_alike(model, args.device)
         if args.deepspeed_plugin is None:  # whose optimizer has the float32 weights
             warn_of_rounding(model)
-        set_progress(model, state.global_step, state.max_steps)
+        self.on_step_begin(args, state, control, model=model)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        set_progress(model, state.global_step, state.max_steps)
+        # A run may be resumed with fewer steps than it has had.
+        set_progress(model, min(state.global_step, state.max_steps), state.max_steps)
 
     def on_substep_end(self, args, state, control, model=None, **kwargs):
         last = _last(model)

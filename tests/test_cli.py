@@ -194,6 +194,44 @@ def test_a_run_goes_on_with_its_data_and_its_optimizer(inputs, tmp_path, capsys,
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_a_resumed_run_says_what_its_train_loss_counts_and_may_have_fewer_steps(inputs, tmp_path, capsys):
+    values = options(inputs, tmp_path / "run", max_steps=3, save_steps=3)
+    assert cli.main(["train", *flags(values)]) == 0
+    assert "train_loss counts" not in capsys.readouterr().out
+    assert cli.main(["train", *flags({**values, "max_steps": 2}), "--resume_from_checkpoint", "true"]) == 0
+    assert f"train_loss counts the steps after {tmp_path / 'run' / 'checkpoint-3'} only" in capsys.readouterr().out
+
+
+def test_the_help_is_of_this_program(capsys):
+    for command in ("train", "compare"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ("or begin anew where there is none; or the folder of a checkpoint" in shown) == (command == "train")
+        assert ("--resume_from_checkpoint" in shown) == (command == "train")
+        assert ("folder of all runs, each in METHOD/SEED" in shown) == (command == "compare")
+        for name in ("do_train", "do_eval", "do_predict", "local_rank", "label_smoothing_factor", "use_liger_kernel"):
+            assert f"--{name}" not in shown
+        assert "model predictions" not in shown
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_options_of_other_scripts_are_refused(inputs, tmp_path, capsys):
+    values = options(inputs, tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**values, "do_eval": False}))
+    for argv, name, value in [
+        (["train", *flags(values), "--do_train"], "do_train", True),
+        (["train", *flags(values), "--do_predict", "true"], "do_predict", True),
+        (["train", str(tmp_path / "recipe.yaml")], "do_eval", False),
+    ]:
+        assert cli.main(argv) == 2
+        error = capsys.readouterr().err
+        assert f"error: {name}: expected no such option (" in error
+        assert f"), found {value}" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_kept_recipe_means_the_same_from_any_folder(inputs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(inputs)
     values = options(inputs, "run", model="model", data="rows.jsonl", eval_data="rows.jsonl", save_steps=2, max_steps=2)
@@ -295,7 +333,8 @@ BAD = {
     "split of nothing": (dict(eval_split="test"), "eval_split: expected eval_data beside it, found the split 'test'"),
     "hub": (dict(data="nobody/nothing"), "nobody/nothing: Couldn't reach 'nobody/nothing' on the Hub"),
     "row": (dict(data="BAD"), "bad.jsonl, line 2: expected the column 'output'"),
-    "model": (dict(model="no/such/folder/here"), "model: expected a model and its tokenizer at no/such/folder/here"),
+    "model": (dict(model="no/such/folder/here"), "tokenizer at no/such/folder/here; found nothing there"),
+    "model of a name": (dict(model="nobody/nothing"), "tokenizer at nobody/nothing; "),
     "rank": (dict(r=40), "r: expected at most"),
     "alpha": (dict(lora_alpha=0), "lora_alpha: expected a finite number above 0, found 0"),
     "form": (dict(form="other"), "form: expected 'offset' or 'residual', found 'other'"),
@@ -316,7 +355,12 @@ BAD = {
     "temperature": (dict(temperature=0), "temperature: expected a number above 0, found 0"),
     "smoothing": (dict(label_smoothing_factor=0.1), "label_smoothing_factor: expected 0"),
     "option": (dict(lambda_sdv=1), "unknown argument --lambda_sdv; did you mean --lambda_svd?"),
-    "target": (dict(target_modules="qqq"), "qqq"),
+    "target": (dict(target_modules="qqq"), "target_modules: expected layers of the model, of down_proj, gate_proj, "),
+    "target of a LoRA": (
+        dict(target_modules="qqq", adapter="lora"),
+        "up_proj, v_proj; found ['qqq'], which names none",
+    ),
+    "pattern of a LoRA": (dict(target_modules="(", adapter="lora"), "target_modules: expected a regular expression"),
     "batch size": (dict(per_device_train_batch_size=0), "per_device_train_batch_size: expected at least 1, found 0"),
     "accumulation": (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps: "),
     "learning rate": (dict(learning_rate="nan"), "learning_rate: expected a finite number of at least 0, found nan"),

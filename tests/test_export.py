@@ -16,6 +16,7 @@ from .conftest import TEMPLATE, tiny_checkpoint, tiny_llama, train_a_little
 from .test_train_nlu import bert, loaded, logits, texts, write
 
 WEIGHTS = "adapter_model.safetensors"
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -86,6 +87,17 @@ def test_a_checkpoint_says_what_it_is_for(inputs, run, tmp_path):
     assert not (run / "lora" / "README.md").exists()
     plain = trained(inputs, tmp_path / "run", adapter="lora")
     assert "for resuming only" not in (plain / "checkpoint-2" / "README.md").read_text()
+
+
+def test_a_lora_is_written_over_an_earlier_one_and_not_over_a_file(tmp_path):
+    model = balora.get_pissa_model(tiny_llama(), r=4)
+    balora.export_lora(model, tmp_path / "lora")
+    train_a_little(model)
+    balora.export_lora(model, tmp_path / "lora")  # as of a run that goes on
+    assert load_file(tmp_path / "lora" / WEIGHTS)[KEY].any()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="directory: expected a folder, found the file .*file"):
+        balora.export_lora(model, tmp_path / "file")
 
 
 def test_one_checkpoint_is_exported_by_its_name(run, tmp_path):

@@ -108,6 +108,7 @@ MAY_IMPORT = {
         "balora.adapters",
         "balora.four_bit",
         "balora.pissa",
+        "balora.sources",
         "balora.targets",
     },
     "output_layer": {
@@ -216,6 +217,7 @@ MAY_IMPORT = {
         "balora.quantized",
         "balora.resume",
         "balora.sharding",
+        "balora.sources",
         "balora.targets",
         "balora.tasks",
         "balora.tokenized",

@@ -290,6 +290,8 @@ def test_misuse_is_named():
         balora.attach(model, CONFIG)
     with pytest.raises(ValueError, match="step, max_steps: expected"):
         balora.set_progress(model, -1, 10)
+    with pytest.raises(ValueError, match="step, max_steps: expected 0 to max_steps, and 1 or more, found 5 and 3"):
+        balora.set_progress(model, 5, 3)
     with pytest.raises(TypeError, match="max_steps: expected a whole number, found '10'"):
         balora.set_progress(model, 1, "10")
     with pytest.raises(ValueError, match="ignore_index: expected -100, found 0"):
