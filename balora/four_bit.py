@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+BLOCK = 64  # weights with one scale
+
 
 def without_hub_kernels() -> None:
     """Import bitsandbytes, where it is installed, as it is on the disk.
@@ -103,13 +105,34 @@ def prepare(model: nn.Module) -> None:
                 "inference on this CPU, without gradients; load the model again and adapt it before its first forward"
             )
         if weight.device.type == "cpu" and state.shape[-1] % state.blocksize and not _right_on_cpu(weight.data, state):
-            raise ValueError(
-                f"model: expected 4-bit layers with in_features of whole blocks of {state.blocksize}, found "
-                f"{state.shape[-1]} at {name}, which this bitsandbytes computes wrongly on the CPU; use a GPU, or full "
-                "precision"
-            )
+            raise _too_narrow(name, state.shape[-1], state.blocksize)
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+
+
+def check_widths(model: nn.Module) -> None:
+    """Refuse a model whose linear layers, in 4 bits, the CPU would compute wrongly; the head's is not quantized.
+
+    Asks for the shapes only: the weights may be on the device meta.
+
+    Raises:
+        ValueError: as of :func:`prepare`.
+    """
+    from bitsandbytes.functional import quantize_4bit
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and layer is not head and layer.in_features % BLOCK:
+            packed, state = quantize_4bit(torch.rand(BLOCK, layer.in_features), blocksize=BLOCK, quant_type="nf4")
+            if not _right_on_cpu(packed, state):
+                raise _too_narrow(name, layer.in_features, BLOCK)
+
+
+def _too_narrow(name: str, width: int, blocksize: int) -> ValueError:
+    return ValueError(
+        f"model: expected 4-bit layers with in_features of whole blocks of {blocksize}, found {width} at {name}, which "
+        "this bitsandbytes computes wrongly on the CPU; use a GPU, or full precision"
+    )
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from . import four_bit
 from .adapters import ADAPTER, FROZEN, RESIDUAL_BASE, ResidualVariant, base_weight, form_of, pretrained_weight
 from .four_bit import is_4bit, nf4
 from .pissa import get_pissa_model
+from .sources import not_loaded
 from .targets import as_named
 
 FOLDER = "pissa"  # of the initial adapter, in the folder of the base
@@ -157,9 +159,16 @@ def quantize(
     try:
         base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     except Exception as error:  # the readers of weights raise types of their own
-        raise ValueError(f"model: expected a causal language model at {model}; {error}") from error
+        raise ValueError(
+            f"model: expected a causal language model at {model}; {not_loaded(str(model), error)}"
+        ) from error
     if getattr(base, "is_quantized", False) or any(is_4bit(m) for m in base.modules()):
         raise ValueError(f"model: expected full precision, found quantized weights at {model}")
+    if not torch.accelerator.is_available():
+        try:
+            four_bit.check_widths(base)
+        except ValueError as error:
+            warnings.warn(f"the result can be trained on a GPU, but not on this machine: {error}", stacklevel=2)
     wrapped = get_pissa_model(base, r, lora_alpha, as_named(target_modules), "residual", device=device, **pissa)
     errors = _first_of_each_kind(wrapped, double_quant, device)
 
@@ -270,6 +279,19 @@ def load_options(model: str, quantize: str | None, dtype: str) -> dict[str, Any]
     four_bit.require()
     stored = AutoConfig.from_pretrained(model).get_text_config().dtype or torch.float32
     return {"quantization_config": nf4_config(stored if dtype == "auto" else getattr(torch, dtype))}
+
+
+def check_here(model: str, quantize: str | None) -> None:
+    """Refuse a base that this machine computes wrongly in 4 bits, by its shapes, before the data are read.
+
+    Raises:
+        ValueError: there is no GPU, and bitsandbytes is wrong about rows of that width on the CPU.
+    """
+    if torch.accelerator.is_available() or not (quantize == "nf4" or is_prepared(model)):
+        return
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    four_bit.check_widths(shapes)
 
 
 def settled(run: Any, asked: dict[str, Any] | None) -> Any:

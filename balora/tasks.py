@@ -54,6 +54,7 @@ def find(run: Any, kind: str, tokenizer: Any) -> Task:
 
 def language_model(run: Any, tokenizer: Any) -> Task:
     """A causal language model on instruction data."""
+    quantized.check_here(run.model, run.quantize)
     length = _max_length(run, tokenizer)
     rows = data.read(run.data, run.data_split)
     eval_rows = data.read(run.eval_data, run.eval_split, usual="test") if run.eval_data else None

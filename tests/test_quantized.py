@@ -383,7 +383,7 @@ def test_what_is_no_prepared_folder_or_none_to_write_to(full, prepared, tmp_path
     cases = [
         (dict(output_dir=full), "output_dir: expected a new or empty folder"),
         (dict(model=prepared), "model: expected full precision, found quantized weights"),
-        (dict(model=tmp_path / "none"), "model: expected a causal language model at"),
+        (dict(model=tmp_path / "none"), "model: expected a causal language model at .*none; found nothing there"),
         (dict(r=65), "r: expected at most 64, the smaller side of"),
         (dict(dtype="int8"), "dtype: expected auto, float32"),
     ]
@@ -449,6 +449,23 @@ def test_quantize_and_train_by_the_command_line(tmp_path, capsys):
     assert cli.main([*command(folder, out), "--resume_from_checkpoint", "true"]) == 0
     resumed = load_file(out / "lora" / "adapter_model.safetensors")
     assert all(torch.equal(t, resumed[name]) for name, t in whole.items())
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_base_that_this_cpu_computes_wrongly_is_named_early(tmp_path, capsys, monkeypatch):
+    """As it is quantized, and before the data are read."""
+    full, folder = tiny_checkpoint(tmp_path / "narrow", TEMPLATE), tmp_path / "nf4"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(four_bit, "_right_on_cpu", lambda *_: False)
+    values = ["--model", str(full), "--output_dir", str(folder), "--r", "4"]
+    with pytest.warns(UserWarning, match="trained on a GPU, but not on this machine: .* found 32 at .*q_proj"):
+        assert cli.main(["quantize", *values]) == 0
+    for model, changes in ((folder, {}), (full, dict(quantize="nf4", r=4))):
+        capsys.readouterr()
+        assert cli.main(command(model, tmp_path / "run", **changes)) == 2
+        captured = capsys.readouterr()
+        assert "in_features of whole blocks of 64, found 32 at model.layers.0.self_attn.q_proj" in captured.err
+        assert "train: " not in captured.out
 
 
 @pytest.mark.usefixtures("no_pictures")
