@@ -168,7 +168,7 @@ def info(file: TextIO | None = None) -> dict[str, Any]:
     versions |= {name: _version(name) for name in _PACKAGES}
     versions["torch"] = str(torch.__version__)  # which says for what it was built
     versions["balora._C"] = _build()
-    devices = [f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"]
+    devices = [f"cpu ({platform.machine()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"]
     if torch.cuda.is_available():
         devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     implementations: dict[str, dict[str, Any]] = {}
@@ -211,6 +211,7 @@ def _build() -> str | None:
     return f"built for torch {built['torch']}, {cuda}"
 
 
+@cache  # it reads the disk, and every call of a loss asks
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
