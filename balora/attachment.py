@@ -29,6 +29,7 @@ class Attachment:
     lambdas: tuple[float, float, float] = (0.0, 0.0, 0.0)  # those of the last training forward
     summed: bool = False  # the last terms were divided by the tokens of all micro-batches, so they add up
 
+    @torch.compiler.disable  # λ is another number in every step
     def config_now(self) -> BALoraConfig:
         """The configuration with λ as the schedules have it at this step."""
         config = self.config
@@ -74,6 +75,7 @@ def set_progress(peft_model: nn.Module, step: int, max_steps: int) -> None:
     state.progress = (step, max_steps)
 
 
+@torch.compiler.disable
 def by_name(function: Callable[..., Any], self: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, those of ``**kwargs`` among them."""
     signature = inspect.signature(function)

@@ -21,6 +21,7 @@ from .sharding import hooked, within
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "ignore_index")
 
 
+@torch.compiler.disable(recursive=False)  # of a compiled model the decoder is compiled
 def training_forward(
     model: Any, state: Attachment, original: Callable[..., Any], arguments: dict[str, Any]
 ) -> tuple[BALoraOutput, Any]:
@@ -49,6 +50,7 @@ def training_forward(
     return result, MoeCausalLMOutputWithPast(**kept, aux_loss=outputs.aux_loss, router_logits=outputs.router_logits)
 
 
+@torch.compiler.disable(recursive=False)
 def _from_hidden(
     model: Any,
     original: Callable[..., Any],
@@ -79,6 +81,7 @@ def _from_hidden(
     return head_objective(model, hidden, teacher_hidden, labels, normalizer, config), outputs
 
 
+@torch.compiler.disable
 def head_objective(
     model: Any,
     hidden: Tensor,
@@ -117,6 +120,7 @@ def head_objective(
     return found[0]._replace(loss=loss)
 
 
+@torch.compiler.disable(recursive=False)
 def from_logits(
     model: Any,
     original: Callable[..., Any],

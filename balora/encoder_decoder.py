@@ -18,6 +18,7 @@ from .output_layer import run_to_head
 from .pissa import teacher
 
 
+@torch.compiler.disable(recursive=False)  # of a compiled model its own forward is compiled
 def training_forward(
     model: Any, state: Attachment, original: Callable[..., Any], arguments: dict[str, Any]
 ) -> tuple[BALoraOutput, Any]:
@@ -54,6 +55,7 @@ def training_forward(
     return result, replace(outputs, loss=result.loss, logits=None)
 
 
+@torch.compiler.disable(recursive=False)
 def _from_hidden(
     model: Any,
     original: Callable[..., Any],

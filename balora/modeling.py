@@ -118,6 +118,7 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
         base._balora.watch = decoder.register_forward_pre_hook(types.MethodType(_bypassed, base))
     base._replicate_for_data_parallel = _no_data_parallel
 
+    @torch.compiler.disable(recursive=False)
     @functools.wraps(type(base).forward)  # the Trainer drops the columns that this signature does not name
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         self._balora.inside = True
@@ -187,6 +188,7 @@ def _is_causal(base: Any) -> bool:
     return base._balora.config.task == "nlg" and not getattr(base.config, "is_encoder_decoder", False)
 
 
+@torch.compiler.disable(recursive=False)
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of an attached model. ``self`` is the transformers model inside the PeftModel."""
     state: Attachment = self._balora

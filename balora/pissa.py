@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -307,30 +307,12 @@ def teacher(model: nn.Module, head: str = "initial") -> Iterator[None]:
     """
     if head not in ("initial", "current"):
         raise ValueError(f"head: expected 'initial' or 'current', found {head!r}")
-    kept: set[int] = set()
-    if head == "current":
-        base: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-        kept = {id(m) for name in head_modules(base) for m in getattr(base, name).modules()}
-    switched = [
-        m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and id(m) not in kept
-    ]
-    if any(getattr(m, "merged", False) for m in switched):
-        raise ValueError("model: the adapters are merged into the weights; call unmerge_adapter() first")
-    residual = [m for m in switched if form_of(m) == "residual"]
-    disabled = [m._disable_adapters for m in switched]
-    selected = [(m.initial_selected, m._active_adapter) for m in residual]
+    flags = _teacher_flags(model, head)
     try:
-        for m in switched:
-            _set(m, "_disable_adapters", True)
-        for m in residual:
-            m._disable_adapters, m.initial_selected, m._active_adapter = False, True, [ADAPTER]
-        with evaluating(model):
-            yield
+        _put(flags)
+        yield
     finally:
-        for m, was in zip(switched, disabled, strict=True):
-            _set(m, "_disable_adapters", was)
-        for m, (initial, active) in zip(residual, selected, strict=True):
-            m.initial_selected, m._active_adapter = initial, active
+        _put_back(flags)
         if head == "current":
             # Up to torch 2.10 autocast keeps the copy of a trained weight that it made without a gradient.
             torch.clear_autocast_cache()
@@ -339,20 +321,59 @@ def teacher(model: nn.Module, head: str = "initial") -> Iterator[None]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode within the block; on leaving, every module is in the mode that it was in."""
-    in_training = [m for m in model.modules() if m.training]
+    flags = _evaluation_flags(model)
     try:
-        for m in in_training:
-            _set(m, "training", False)
+        _put(flags)
         yield
     finally:
-        for m in in_training:
-            _set(m, "training", True)
+        _put_back(flags)
 
 
-def _set(module: nn.Module, name: str, value: bool) -> None:
-    """Set a flag past nn.Module's __setattr__, which asks first whether it is a parameter: of the 3,000 modules of a
-    model of 32 layers that takes 20 ms in every forward of a teacher, in which a GPU would wait."""
-    object.__setattr__(module, name, value)
+class _Flag(NamedTuple):
+    module: nn.Module
+    name: str
+    before: Any
+    within: Any
+
+
+# torch.compile leaves alone what walks over the modules: it would trace thousands of steps, of every model anew.
+@torch.compiler.disable
+def _evaluation_flags(model: nn.Module) -> list[_Flag]:
+    return [_Flag(m, "training", True, False) for m in model.modules() if m.training]
+
+
+@torch.compiler.disable
+def _teacher_flags(model: nn.Module, head: str) -> list[_Flag]:
+    kept: set[int] = set()
+    if head == "current":
+        base: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+        kept = {id(m) for name in head_modules(base) for m in getattr(base, name).modules()}
+    flags = _evaluation_flags(model)
+    for m in model.modules():
+        if not isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) or id(m) in kept:
+            continue
+        if getattr(m, "merged", False):
+            raise ValueError("model: the adapters are merged into the weights; call unmerge_adapter() first")
+        residual = form_of(m) == "residual"
+        flags.append(_Flag(m, "_disable_adapters", m._disable_adapters, not residual))
+        if residual:
+            flags.append(_Flag(m, "initial_selected", m.initial_selected, True))
+            flags.append(_Flag(m, "_active_adapter", m._active_adapter, [ADAPTER]))
+    return flags
+
+
+@torch.compiler.disable
+def _put(flags: list[_Flag]) -> None:
+    """Past nn.Module's __setattr__, which asks first whether it is a parameter: of the 3,000 modules of a model of 32
+    layers that takes 20 ms in every forward of a teacher, in which a GPU would wait."""
+    for flag in flags:
+        object.__setattr__(flag.module, flag.name, flag.within)
+
+
+@torch.compiler.disable
+def _put_back(flags: list[_Flag]) -> None:
+    for flag in flags:
+        object.__setattr__(flag.module, flag.name, flag.before)
 
 
 @dataclass(frozen=True)

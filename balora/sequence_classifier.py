@@ -58,6 +58,7 @@ def checked_config(model: Any, config: BALoraConfig) -> BALoraConfig:
     return config
 
 
+@torch.compiler.disable(recursive=False)  # of a compiled model its own forward is compiled
 def training_forward(
     model: Any, state: Attachment, original: Callable[..., Any], arguments: dict[str, Any]
 ) -> tuple[BALoraOutput, Any]:
