@@ -64,7 +64,7 @@ def row(method, changed=None, **more):
     terms = {k: v for k, v in (TERMS | (changed or {})).items() if v is not None}
     figures = dict.fromkeys(("seconds", "spread", "peak_GB", "TFLOP", "floor", *training_cost.PARTS), 1.0)
     losses = [training_methods.weighted(TERMS | t) for t in (TERMS, terms)]
-    more = {"terms": [TERMS, terms], "losses": losses, "reference": [TERMS, terms]} | more
+    more = {"terms": [TERMS, terms], "losses": losses, "reference": [TERMS, terms], "exact": [TERMS, TERMS]} | more
     return {"method": method, "dtype": "float32", "note": ""} | figures | more
 
 

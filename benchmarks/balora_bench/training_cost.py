@@ -14,10 +14,12 @@ that is not finite has no figures.
 The published method is written anew from the paper's text: peft's PiSSA, a second model as the teacher, the logits of
 both in full, float32 softmaxes over them, ``torch.svd_lowrank``. It is the gate: balora shows no figure unless each of
 its terms, unweighted, follows the published method's in every step (TOLERANCES) and its loss is the weighted sum of
-them. The KL is 0 at the start and is compared where training takes it. Besides, the terms of 64 tokens after the last
-step are held against ``balora.reference`` on the same weights (AT_THE_END), which a KL too small for the other
-comparison does not pass unless it is right (from 2e-6 nats on). Where the published method has no losses this is the
-gate, and the table says so.
+them. The KL is 0 at the start and is compared where training takes it. The published sketch misses a part of the
+singular values (SKETCH_MISSES), so the SVD term of all tokens of a step is also held against an exact one, with the
+weights of the end. There the terms of 64 tokens are held against ``balora.reference`` (AT_THE_END), which a KL too
+small for the other comparison does not pass unless it is right (from 2e-6 nats on). Where the published method has no
+losses this is the gate, and the table says so. What balora took although its terms are away stays in the CSV, in
+columns whose names begin with ``refused_``.
 
 The floor is a step's products alone, their operations counted in a real step, at the rate of one large bare product.
 Of a few steps more the parts are taken: the forwards of teacher and student up to the head (of the published method's
@@ -57,15 +59,22 @@ TOLERANCES = {
     "float32": {"ce": 0.01, "consistency": 0.2, "diversity": 0.02, "svd": 0.05, "loss": 1e-5},
     "bfloat16": {"ce": 0.015, "consistency": 0.2, "diversity": 0.02, "svd": 0.05, "loss": 1e-5},
 }
+# What the published sketch (q = 15, 2 iterations) may miss of Σσ, relative to balora's, which is held against an exact
+# one (AT_THE_END). A sketch never finds more than there is, and of the nearly flat spectrum of random weights less.
+# Found: 2.1 % on stories15M; on random LLaMA shapes 5.2 to 5.7 % (N 1020, V 64,000) and 5.6 to 6.3 % (N 2044, V 32,000),
+# where balora is within 0.05 % of exact; on random matrices 7.2 to 9.2 % (N 500 to 1500), the more the larger they are.
+SKETCH_MISSES = 0.15
 # Nats: of a smaller KL the distance is taken relative to this. In bfloat16 peft's PiSSA rounds W_res, so that the
 # published student starts 1.4e-3 from its teacher, and stays up to 4e-3 apart from balora's.
 LEAST = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 # The same against balora.reference, whose float32 logits are those of the same weights: the design's bound for a KL of
-# half precision inputs, the sketches of the SVD term in half precision.
+# half precision inputs, the sketches of the SVD term in half precision. The SVD term of all tokens of a step is held to
+# the same bound, against the eigenvalues of ZZᵀ in float64.
 AT_THE_END = {"ce": 0.01, "consistency": 0.02, "diversity": 0.01, "svd": 0.02}
 LEAST_AT_THE_END = 1e-4  # nats
+FIGURES = ("seconds", "spread", "peak_GB", "TFLOP", "floor", *PARTS)
 _FIRST = ("pissa", "balora", "published")  # on a GPU, where what ends a run early leaves these
 
 Rows = list[dict[str, Any]]
@@ -212,36 +221,23 @@ def summary(
     if name in ("published", "balora"):
         row["terms"] = [step["terms"] for step in steps]
         row["losses"] = [step["loss"] for step in steps]
-        row["reference"] = steps[-1].get("reference")
+        row["reference"], row["exact"] = steps[-1].get("reference"), steps[-1].get("exact")
     return row
 
 
 def gated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """balora's row without figures where its terms leave those of the published method; ratios to PiSSA in all."""
+    """balora's row without figures where its terms leave what they are held against (they stay, as ``refused_…``);
+    ratios to PiSSA in all."""
     by_method = {row["method"]: row for row in rows if "seconds" in row}
     ours, published, pissa = (by_method.get(name) for name in ("balora", "published", "pissa"))
     if ours:
-        if published:
-            other, pairs = "the published method's", list(zip(ours["terms"], published["terms"], strict=True))
-        else:
-            other, pairs = "balora.reference's", [tuple(ours["reference"])]
-            ours["note"] = f"held against balora.reference on {CHECKED} tokens: the published method has no losses"
-        least = {"consistency": LEAST[ours["dtype"]]}
-        ours["apart"] = {name: apart(pairs, name, least.get(name, 1e-6)) for name in TERMS}
-        ours["at_the_end"] = {name: apart([tuple(ours["reference"])], name, LEAST_AT_THE_END) for name in TERMS}
-        sums = [weighted(dict.fromkeys(TERMS, math.nan) | terms) for terms in ours["terms"]]
-        ours["apart"]["loss"] = apart([({"": a}, {"": b}) for a, b in zip(ours["losses"], sums, strict=True)], "")
-        allowed = TOLERANCES[ours["dtype"]]
-        # NaN, of a term that is none or not there, is not within any tolerance.
-        wrong = [(name, value, allowed[name], other) for name, value in ours["apart"].items()]
-        wrong += [(name, value, AT_THE_END[name], "balora.reference's") for name, value in ours["at_the_end"].items()]
-        wrong = [found for found in wrong if not found[1] <= found[2]]
-        ours["kl"] = max(terms.get("consistency", math.nan) for terms in ours["terms"])
-        if wrong:
-            for key in ("seconds", "spread", "peak_GB", "TFLOP", "floor", *PARTS):
-                del ours[key]
+        if wrong := away(ours, published):
+            for key in FIGURES:
+                ours[f"refused_{key}"] = ours.pop(key)
             words = (f"{name} {value:.1%} from {whose} (allowed {most:.1%})" for name, value, most, whose in wrong)
             ours["note"] = f"away: {', '.join(words)}"
+        elif not published:
+            ours["note"] = f"held against balora.reference on {CHECKED} tokens: the published method has no losses"
     for row in rows:
         if pissa and "seconds" in row:
             for ratio, key in (("x_seconds", "seconds"), ("x_peak", "peak_GB"), ("x_TFLOP", "TFLOP")):
@@ -250,10 +246,41 @@ def gated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def away(ours: dict[str, Any], published: dict[str, Any] | None) -> list[tuple[str, float, float, str]]:
+    """The terms of balora that are too far from one of what they are held against: how far, what is allowed, from what.
+
+    The row gets the distances.
+    """
+    reference, exact, allowed = tuple(ours["reference"]), tuple(ours["exact"]), TOLERANCES[ours["dtype"]]
+    least = {"consistency": LEAST[ours["dtype"]]}
+    if published:
+        other, pairs = "the published method's", list(zip(ours["terms"], published["terms"], strict=True))
+    else:
+        other, pairs = "balora.reference's", [reference]
+    near = {name: apart(pairs, name, least.get(name, 1e-6)) for name in TERMS}
+    # Where the sketch finds less than balora (a negative term nearer 0), it is what is missed, of balora's.
+    sketched = [(a, b) for a, b in pairs if published and b.get("svd", math.nan) > a.get("svd", math.nan)]
+    near["svd"] = apart([pair for pair in pairs if pair not in sketched], "svd")
+    missed = apart([(b, a) for a, b in sketched], "svd")
+    sums = [weighted(dict.fromkeys(TERMS, math.nan) | terms) for terms in ours["terms"]]
+    near["loss"] = apart([({"": a}, {"": b}) for a, b in zip(ours["losses"], sums, strict=True)], "")
+    at_the_end = {name: apart([reference], name, LEAST_AT_THE_END) for name in TERMS}
+    of_all = apart([exact], "svd")
+    ours |= {"apart": near, "at_the_end": at_the_end, "svd_of_all": of_all}
+    ours["kl"] = max(terms.get("consistency", math.nan) for terms in ours["terms"])
+    found = [(name, value, allowed[name], other) for name, value in near.items()]
+    found += [(name, value, AT_THE_END[name], "balora.reference's") for name, value in at_the_end.items()]
+    found += [("svd", missed, SKETCH_MISSES, "the published method's sketch")]
+    found += [("svd", of_all, AT_THE_END["svd"], "the exact one of a step's tokens")]
+    near["svd"] = max(missed, near["svd"])
+    # NaN, of a term that is none or not there, is not within any tolerance.
+    return [one for one in found if not one[1] <= one[2]]
+
+
 def apart(pairs: list[tuple[dict[str, float], dict[str, float]]], name: str, least: float = 1e-6) -> float:
-    """The largest relative distance of a term, of the published value or ``least``; NaN: one is NaN or missing."""
+    """The largest relative distance of a term, of the second value or ``least``; NaN: one is NaN or missing."""
     found = [(ours.get(name, math.nan), theirs.get(name, math.nan)) for ours, theirs in pairs]
-    return torch.tensor([abs(a - b) / max(abs(b), least) for a, b in found]).max().item()
+    return torch.tensor([abs(a - b) / max(abs(b), least) for a, b in found] or [0.0]).max().item()
 
 
 def token_rows(spec: dict[str, Any], data: Path | None) -> list[list[int]]:
@@ -316,10 +343,15 @@ def picture(out: Path, row: dict[str, Any]) -> Path:
 def write(out: Path, text: list[str], rows: Rows, machine: dict[str, str]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    left_out = ("terms", "losses", "reference", "apart", "at_the_end")
-    harness.write_csv(
-        out.with_suffix(".csv"), [{k: v for k, v in row.items() if k not in left_out} | machine for row in rows]
-    )
+    harness.write_csv(out.with_suffix(".csv"), [of_csv(row) | machine for row in rows])
+
+
+def of_csv(row: dict[str, Any]) -> dict[str, Any]:
+    """What the losses and terms were, in JSON; of a row that is refused nothing under the name of a figure."""
+    lists = ("terms", "losses", "reference", "exact")
+    cells = {key: value for key, value in row.items() if key not in (*lists, "apart", "at_the_end")}
+    which = "refused_" if "refused_seconds" in row else ""
+    return cells | {f"{which}{key}": json.dumps(row[key]) for key in lists if row.get(key)}
 
 
 def distances(row: dict[str, Any]) -> str:
@@ -328,7 +360,8 @@ def distances(row: dict[str, Any]) -> str:
     )
     return (
         f"Terms of balora, largest distance from those it is held against: {found}. From balora.reference's on the "
-        f"weights of the end: {at_the_end}. The KL came to {row['kl']:.1e} nats."
+        f"weights of the end: {at_the_end}. The SVD term of a step's tokens there, from the exact one: "
+        f"{row['svd_of_all']:.2%}. The KL came to {row['kl']:.1e} nats."
     )
 
 

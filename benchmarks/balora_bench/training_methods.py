@@ -109,6 +109,7 @@ def child(spec: dict[str, Any]) -> None:
                 if spec["method"] == "balora":
                     with trainer.accelerator.autocast():
                         found["reference"] = against_reference(trainer.model, rows[0])
+                        found["exact"] = against_exact(trainer.model, rows[: spec["batch"]])
             elif state.global_step > first_parts:
                 found["parts"] = parts.of_step(self.seconds)
             say(found)
@@ -217,6 +218,36 @@ def against_reference(model: Any, row: list[int]) -> list[dict[str, float]]:
         last = attachment(model)[0].balora_last
         found.append({name: getattr(last, name).item() for name in TERMS})
     return found
+
+
+def against_exact(model: Any, rows: list[list[int]]) -> list[dict[str, float]]:
+    """The SVD term of a whole step's tokens under the model as it is, with balora and from all eigenvalues."""
+    ids = torch.tensor(rows, device=harness.DEVICE)
+    os.environ["BALORA_IMPL"] = ""
+    with torch.no_grad():
+        model(input_ids=ids, labels=ids)
+        ours = attachment(model)[0].balora_last.svd.item()
+        base = model.get_base_model()
+        hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    head, cap = base.get_output_embeddings(), getattr(base.config, "final_logit_softcapping", None)
+    return [{"svd": ours}, {"svd": exact_svd(hidden, head.weight, head.bias, cap, int(ALL_TERMS.svd_rank))}]
+
+
+@torch.no_grad()
+def exact_svd(hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None, rank: int) -> float:
+    """−Σ_{i≤k} σ_i / ‖Z‖_F of Z = hidden·weightᵀ + bias, soft-capped: from ZZᵀ [N, N] in float64, tile by tile."""
+    hidden = hidden.double()
+    gram = hidden.new_zeros(len(hidden), len(hidden))
+    step = max(1, 2**24 // max(hidden.shape))
+    for start in range(0, len(weight), step):
+        z = hidden @ weight[start : start + step].double().T
+        if bias is not None:
+            z += bias[start : start + step].double()
+        if cap:
+            z = cap * torch.tanh(z / cap)
+        gram.addmm_(z, z.T)
+    sigma = torch.linalg.eigvalsh(gram)[-rank:].clamp_min(0).sqrt()
+    return -(sigma.sum() / gram.trace().sqrt()).item()
 
 
 def load(spec: dict[str, Any]) -> nn.Module:
