@@ -5,7 +5,8 @@
 # make lint   ruff and mypy
 # make gpu    builds the extension, runs the GPU tests, then the benchmarks to benchmarks/results/; nothing to download.
 #             make -k gpu goes on after a part that failed. The parts: gpu-build; gpu-tests (PYTEST_ADDOPTS="-n 8": several
-#             at once); gpu-cost (COST=models, CHECKPOINTING=off, on or both, METHODS=…); gpu-bench, gpu-sweep (IMPL=…);
+#             at once); gpu-cost (COST=models, CHECKPOINTING=off, on or both, METHODS=…,
+#             COST_OPTIONS="--batch 16" and the like); gpu-bench, gpu-sweep (IMPL=…);
 #             gpu-profiles (with Nsight Compute, ncu, on the PATH also counters of each of balora's kernels).
 #             RESULTS=folder and PICTURES=folder: where they write. benchmarks/README.md has an order for a short time.
 # make gpu-sanitize  a few GPU tests under compute-sanitizer (memcheck, racecheck; the extension's also initcheck, synccheck)
@@ -50,12 +51,13 @@ evidence: $(VENV)/.dev
 	  HF_HUB_OFFLINE=1 $(BIN)/balora compare benchmarks/evidence/$$name.yaml --output_dir $(EVIDENCE)/$$name || exit 1; \
 	done
 
-GPU := HF_HUB_OFFLINE=1 PYTHONPATH=.:kernels:benchmarks$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON)
+GPU := HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONPATH=.:kernels:benchmarks$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON)
 RESULTS ?= benchmarks/results
 PICTURES ?= docs/profiles
 COST ?= llama-3-8b llama-2-7b gemma-2-2b
 CHECKPOINTING ?= off on
 METHODS ?= full lora pissa published balora
+COST_OPTIONS ?=
 IMPL ?=
 
 gpu: gpu-build gpu-tests gpu-cost gpu-bench gpu-sweep gpu-profiles
@@ -78,7 +80,7 @@ gpu-sweep:
 
 gpu-cost:
 	failed=0; for model in $(COST); do for checkpointing in $(CHECKPOINTING); do \
-	  $(GPU) -m balora.cli bench training_cost $$model --checkpointing $$checkpointing --methods $(METHODS) \
+	  $(GPU) -m balora.cli bench training_cost $$model --checkpointing $$checkpointing --methods $(METHODS) $(COST_OPTIONS) \
 	    --out $(RESULTS)/gpu/training-cost-$$model-checkpointing-$$checkpointing || failed=1; \
 	done; done; exit $$failed
 

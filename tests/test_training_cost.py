@@ -1,12 +1,15 @@
 """The cost table: really run on a tiny model, and its gate."""
 
+import csv
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from balora_bench import cli, training_cost, training_methods
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import DeviceType
 
 from balora import reference
 
@@ -56,6 +59,39 @@ def test_every_method_makes_its_steps_and_has_figures(tmp_path, capsys):
     assert (tmp_path / "cost.md").read_text().count("| PiSSA ") == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a CPU is read from /proc")
+def test_a_flat_spectrum_which_the_published_sketch_misses_takes_no_figures_away(tmp_path):
+    """As every model of random weights has it: the larger its sizes, the more is missed."""
+    flat = TINY | {"hidden_size": 1024, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 4000}
+    flat |= {"max_position_embeddings": 600, "initializer_range": 0.05}
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "config.json").write_text(json.dumps(flat))
+    arguments = [
+        str(tmp_path / "flat"),
+        "--length",
+        "600",
+        "--batch",
+        "1",
+        "--r",
+        "4",
+        "--steps",
+        "1",
+        "--warm_up",
+        "0",
+    ]
+    arguments += ["--checkpointing", "off", "--methods", "published", "balora", "--out", str(tmp_path / "cost")]
+
+    assert training_cost.main(arguments) == 0
+
+    with (tmp_path / "cost.csv").open(encoding="utf-8") as file:
+        published, ours = csv.DictReader(file)
+    sketched, found = ([terms["svd"] for terms in json.loads(row["terms"])] for row in (published, ours))
+    assert all(0.05 < a / b - 1 < 0.1 for a, b in zip(found, sketched, strict=True))
+    a, b = (terms["svd"] for terms in json.loads(ours["exact"]))
+    assert a == pytest.approx(b, rel=1e-3)
+    assert float(ours["seconds"]) > 0
+
+
 TERMS = {"ce": 2.0, "consistency": 0.1, "diversity": -2.0, "svd": -1.5}
 
 
@@ -70,7 +106,7 @@ def row(method, changed=None, **more):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"ce": 2.1}, {"consistency": 0.15}, {"diversity": -2.2}, {"svd": -1.3}]
+    [{"ce": 2.1}, {"consistency": 0.15}, {"diversity": -2.2}, {"svd": -1.4}, {"svd": -1.8}, {"svd": 1.5}]
     + [{name: value} for name in TERMS for value in (None, float("nan"), 0.0)],
 )
 @pytest.mark.parametrize("published", [True, False])
@@ -81,6 +117,43 @@ def test_no_figure_for_a_term_that_is_missing_or_leaves_the_published_one(change
     assert "peak_GB" not in ours
     assert f"{next(iter(changed))} " in ours["note"]
     assert "0.5" not in "".join(training_cost.shown(ours | {"note": ""}).values())
+
+
+def test_the_published_sketch_may_miss_what_the_exact_svd_term_has():
+    sketched = {"svd": -1.5 * 0.87}
+    terms = [TERMS | sketched] * 2
+    *_, ours = training_cost.gated([row("published", terms=terms), row("balora")])
+    assert ours["seconds"] == 1
+    assert ours["apart"]["svd"] == pytest.approx(0.13)
+    *_, ours = training_cost.gated([row("published", terms=terms), row("balora", exact=[TERMS, sketched])])
+    assert "seconds" not in ours
+    assert ours["note"] == "away: svd 14.9% from the exact one of a step's tokens (allowed 2.0%)"
+
+
+def test_what_is_refused_stays_in_the_csv_alone(tmp_path):
+    given = {"model": "m", "data": "", "batch": 4, "length": 8, "r": 4, "checkpointing": False}
+    rows = [given | row("pissa"), given | row("published"), given | row("balora", {"svd": -1.3}, seconds=0.5)]
+    rows = training_cost.gated(rows)
+    training_cost.write(tmp_path / "cost", training_cost.section(rows), rows, {"device": "d"})
+    with (tmp_path / "cost.csv").open(encoding="utf-8") as file:
+        *_, ours = csv.DictReader(file)
+    assert (ours["seconds"], ours["refused_seconds"], ours["refused_peak_GB"]) == ("", "0.5", "1.0")
+    assert [terms["svd"] for terms in json.loads(ours["refused_terms"])] == [-1.5, -1.3]
+    assert ours["terms"] == ""
+    assert "0.5" not in (tmp_path / "cost.md").read_text().partition("Terms of balora")[0]
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_the_exact_svd_term_is_that_of_the_logits(cap, monkeypatch):
+    monkeypatch.setattr(training_methods, "_TILE", 9 * 20)  # three tiles
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(shape, generator=g) for shape in ((9, 4), (50, 4), (50,)))
+    for some in (None, bias):
+        z = hidden.double() @ weight.double().T + (0 if some is None else some.double())
+        z = cap * torch.tanh(z / cap) if cap else z
+        sigma = torch.linalg.svdvals(z)
+        found = training_methods.exact_svd(hidden, weight, some, cap, 3)
+        assert found == pytest.approx(-(sigma[:3].sum() / z.norm()).item(), rel=1e-10)
 
 
 def test_no_figure_for_a_loss_without_its_terms():
@@ -118,6 +191,60 @@ def test_on_a_gpu_what_has_run_is_written_before_the_next_method(tmp_path, monke
     ]
 
 
+def test_a_row_that_the_host_binds_is_named():
+    given = {"model": "m", "data": "", "batch": 4, "length": 8, "r": 4, "checkpointing": False}
+    rows = [given | row("pissa", device_seconds=0.85), given | row("lora", device_seconds=0.95), given | row("full")]
+    text = "\n".join(training_cost.section(rows))
+    assert "device, s" in text
+    assert "0.850" in text
+    assert "(its share of a step): PiSSA 85%. More" in text
+    assert "device, s" not in "".join(training_cost.section(rows[2:]))
+
+
+def test_the_profiled_step_has_the_seconds_of_the_device_and_no_parts():
+    parts = dict.fromkeys(training_cost.PARTS, 1.0)
+    steps = [{"seconds": 2.0, "peak": 1, "loss": 1.0}, {"loss": 1.0, "parts": parts}]
+    steps += [{"loss": 1.0, "device_seconds": 1.5}, {"loss": 1.0, "operations": 10}]
+    found = training_cost.summary(SPEC | {"steps": 1}, "pissa", steps, None, 1.0)
+    assert found["device_seconds"] == 1.5
+    assert found["student"] == 1.0
+    del steps[2]["device_seconds"]  # where the profiler failed
+    assert "device_seconds" not in training_cost.summary(SPEC | {"steps": 1}, "pissa", steps, None, 1.0)
+
+
+def test_the_seconds_of_the_device_are_its_kernels_and_no_ranges_around_them():
+    def event(device, us, names=False):
+        span = SimpleNamespace(elapsed_us=lambda: us)
+        return SimpleNamespace(device_type=device, time_range=span, is_user_annotation=names)
+
+    cpu, cuda = DeviceType.CPU, DeviceType.CUDA
+    events = [event(cuda, 2e5), event(cuda, 3e5), event(cuda, 5e5, names=True), event(cpu, 9e5)]
+    assert training_methods.device_seconds(events) == pytest.approx(0.5)
+
+
+def test_a_profiler_that_fails_leaves_the_step(monkeypatch, capsys):
+    device = training_methods.DeviceTime()
+    monkeypatch.setattr(training_methods, "profile", lambda **_: 1 / 0)
+    device.begin()
+    device.end()
+    assert device.seconds is None
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_picture_that_fails_ends_nothing(tmp_path, monkeypatch, capsys):
+    def measured(spec, methods, data, rate, so_far):
+        rows = [{k: spec[k] for k in SPEC if k in spec} | {"model": "m"} | row("pissa")]
+        so_far(rows)
+        return rows
+
+    monkeypatch.setattr(training_cost, "measure", measured)
+    monkeypatch.setattr(training_cost, "draw", lambda *_: 1 / 0)
+    monkeypatch.setattr(training_cost.harness, "product_rate", lambda dtype: 1e12)
+    assert training_cost.main(["llama-2-7b", "--checkpointing", "off", "--out", str(tmp_path / "cost")]) == 0
+    assert "no picture: ZeroDivisionError" in capsys.readouterr().err
+    assert "| PiSSA" in (tmp_path / "cost.md").read_text()
+
+
 def test_terms_that_follow_have_figures_and_ratios():
     near = {"ce": 2.01, "consistency": 0.105, "diversity": -1.98, "svd": -1.54}
     more = dict(seconds=1.5, peak_GB=0.5, reference=[TERMS, TERMS])
@@ -147,16 +274,16 @@ def test_a_table_without_figures_has_no_picture(tmp_path):
 def test_products_with_a_wider_result_are_counted():
     a, b = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((3, 4, 5), (3, 5, 6)))
     aten, operations = torch.ops.aten, []
-    takes_addmm = not torch.__version__.startswith(("2.10", "2.11", "2.12"))  # without numbers; on a device they do
+    takes_all = not torch.__version__.startswith(("2.10", "2.11", "2.12"))  # without numbers; on a device they do
 
     def step(out):
-        if takes_addmm:
+        if takes_all:
             aten.addmm.dtype_out(out[0], a[0], b[0], torch.float32, out=out[0])
-        aten.mm.dtype_out(a[0], b[0], torch.float32, out=out[0])
-        return aten.bmm.dtype_out(a, b, torch.float32, out=out)
+            aten.bmm.dtype_out(a, b, torch.float32, out=out)
+        return aten.mm.dtype_out(a[0], b[0], torch.float32, out=out[0])
 
     training_methods.counted(step, operations)(torch.empty(3, 4, 6, device="meta"))
-    assert operations == [2 * 4 * 5 * 6 * (takes_addmm + 1 + 3)]
+    assert operations == [2 * 4 * 5 * 6 * (takes_all * (1 + 3) + 1)]
     assert training_methods.added_product((4, 6), (4, 5), (5, 6), torch.float32) == 2 * 4 * 5 * 6
 
 

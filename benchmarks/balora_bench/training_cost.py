@@ -24,7 +24,8 @@ columns whose names begin with ``refused_``.
 The floor is a step's products alone, their operations counted in a real step, at the rate of one large bare product.
 Of a few steps more the parts are taken: the forwards of teacher and student up to the head (of the published method's
 teacher with its head), the loss (the head and all behind it, forward and backward), the backward below the head, and
-the rest (clipping, optimizer). To fetch a batch is no part of a step.
+the rest (clipping, optimizer). To fetch a batch is no part of a step. On a GPU one of these steps is profiled instead:
+the seconds that the device is at work in it, its kernels and copies.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ TOLERANCES = {
 }
 # What the published sketch (q = 15, 2 iterations) may miss of Σσ, relative to balora's, which is held against an exact
 # one (AT_THE_END). A sketch never finds more than there is, and of the nearly flat spectrum of random weights less.
-# Found: 2.1 % on stories15M; on random LLaMA shapes 5.2 to 5.7 % (N 1020, V 64,000) and 5.6 to 6.3 % (N 2044, V 32,000),
-# where balora is within 0.05 % of exact; on random matrices 7.2 to 9.2 % (N 500 to 1500), the more the larger they are.
+# Found: 2.1 % on stories15M; of random LLaMA shapes 5.2 to 5.6 % (N 1020, V 64,000) and 5.6 to 6.3 % (N 2044, V 32,000),
+# where balora is within 0.05 % of exact; of random matrices 7.2 to 9.1 % (side 500 to 1500), more the larger they are.
 SKETCH_MISSES = 0.15
 # Nats: of a smaller KL the distance is taken relative to this. In bfloat16 peft's PiSSA rounds W_res, so that the
 # published student starts 1.4e-3 from its teacher, and stays up to 4e-3 apart from balora's.
@@ -74,7 +75,8 @@ LEAST = {"float32": 1e-3, "bfloat16": 0.1}
 # the same bound, against the eigenvalues of ZZᵀ in float64.
 AT_THE_END = {"ce": 0.01, "consistency": 0.02, "diversity": 0.01, "svd": 0.02}
 LEAST_AT_THE_END = 1e-4  # nats
-FIGURES = ("seconds", "spread", "peak_GB", "TFLOP", "floor", *PARTS)
+FIGURES = ("seconds", "spread", "peak_GB", "TFLOP", "floor", *PARTS, "device_seconds")
+HOST_BOUND = 0.9  # the device is at work for less of a step: the host's launches bind, and a faster loss may not show
 _FIRST = ("pissa", "balora", "published")  # on a GPU, where what ends a run early leaves these
 
 Rows = list[dict[str, Any]]
@@ -216,8 +218,10 @@ def summary(
     row |= {"TFLOP": operations and operations / 1e12, "floor": operations and operations / rate}
     if operations is None:
         row["note"] = "its operations could not be counted"
-    shares = [step["parts"] for step in steps[-PART_STEPS - 1 : -1]]
-    row |= {part: statistics.median(share[part] for share in shares) for part in PARTS}
+    last = steps[-PART_STEPS - 1 : -1]
+    row |= {part: statistics.median(step["parts"][part] for step in last if "parts" in step) for part in PARTS}
+    if seconds := last[-1].get("device_seconds"):
+        row["device_seconds"] = seconds
     if name in ("published", "balora"):
         row["terms"] = [step["terms"] for step in steps]
         row["losses"] = [step["loss"] for step in steps]
@@ -232,7 +236,7 @@ def gated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ours, published, pissa = (by_method.get(name) for name in ("balora", "published", "pissa"))
     if ours:
         if wrong := away(ours, published):
-            for key in FIGURES:
+            for key in [key for key in FIGURES if key in ours]:
                 ours[f"refused_{key}"] = ours.pop(key)
             words = (f"{name} {value:.1%} from {whose} (allowed {most:.1%})" for name, value, most, whose in wrong)
             ours["note"] = f"away: {', '.join(words)}"
@@ -306,6 +310,7 @@ COLUMNS = {
     "step": "s a step",
     "spread": "±",
     "x_seconds": "× PiSSA",
+    "device": "device, s",
     "floor": "floor, s",
     "x_TFLOP": "× PiSSA",
     **{part: part for part in PARTS},
@@ -318,6 +323,7 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
     if "seconds" in row:
         cells |= {"peak": f"{row['peak_GB']:.2f}", "step": f"{row['seconds']:.3f}", "spread": f"{row['spread']:.3f}"}
         cells |= {"floor": f"{row['floor']:.3f}" if row["floor"] else ""}
+        cells |= {"device": f"{row['device_seconds']:.3f}"} if "device_seconds" in row else {}
         cells |= {key: f"{row[key]:.2f}" for key in ("x_peak", "x_seconds", "x_TFLOP") if key in row}
         cells |= {part: f"{row[part]:.3f}" for part in PARTS if row[part] or part != "teacher"}
     return cells
@@ -331,8 +337,21 @@ def heading(row: dict[str, Any]) -> str:
 
 def section(rows: Rows) -> list[str]:
     """Of a model with and without checkpointing, in Markdown."""
-    found = [f"\n## {heading(rows[0])}\n\n" + harness.table([shown(row) for row in rows], COLUMNS)]
+    cells = [shown(row) for row in rows]
+    columns = {k: v for k, v in COLUMNS.items() if k != "device" or any(k in row for row in cells)}
+    found = [f"\n## {heading(rows[0])}\n\n" + harness.table(cells, columns)]
+    if bound := host_bound(rows):
+        found.append(f"\n{bound}")
     return found + [f"\n{distances(row)}" for row in rows if "apart" in row]
+
+
+def host_bound(rows: Rows) -> str:
+    shares = {METHODS[row["method"]]: row["device_seconds"] / row["seconds"] for row in rows if "device_seconds" in row}
+    found = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share < HOST_BOUND)
+    return found and (
+        f"Bound by the host, so that these seconds are not the device's (its share of a step): {found}. More tokens a "
+        "step (--batch) give it more work."
+    )
 
 
 def picture(out: Path, row: dict[str, Any]) -> Path:
@@ -456,7 +475,10 @@ def main(argv: Sequence[str]) -> int:
             def so_far(rows: Rows, before: tuple = (*text,), others: tuple = (*everything,)) -> None:
                 if arguments.out:
                     write(arguments.out, [*before, *section(rows)], [*others, *rows], machine)
-                    draw(rows, picture(arguments.out, rows[0]))
+                    try:
+                        draw(rows, picture(arguments.out, rows[0]))
+                    except Exception as error:  # the methods that have not run are worth more than a picture
+                        print(f"no picture: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
             rows = measure(spec, arguments.methods, arguments.data, rate, so_far)
             text += section(rows)

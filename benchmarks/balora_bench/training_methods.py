@@ -19,6 +19,8 @@ from typing import Any
 import peft
 import torch
 from torch import Size, Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
@@ -47,6 +49,7 @@ PARTS = ("teacher", "student", "loss", "backward", "rest")
 PART_STEPS = 2
 TERMS = ("ce", "consistency", "diversity", "svd")
 CHECKED = 64  # tokens on which balora's terms are held against balora.reference, after the last step
+_TILE = 2**24  # logits that are held in float64 at a time
 ALL_TERMS = balora.BALoraConfig(consistency_schedule="constant", focus_schedule="constant")
 
 # Public configurations, for models of random weights.
@@ -77,7 +80,8 @@ def child(spec: dict[str, Any]) -> None:
     model, teacher = build(spec)
     rows = json.loads(Path(spec["rows"]).read_text())
     first_parts = spec["warm_up"] + spec["steps"]
-    parts = Parts()
+    parts, device = Parts(), DeviceTime()
+    profiled = first_parts + PART_STEPS if harness.ON_GPU else 0  # the last of those steps; it has no parts then
     operations: list[int] = []
     terms: dict[str, Tensor] = {}  # of the published method's last step
 
@@ -92,11 +96,15 @@ def child(spec: dict[str, Any]) -> None:
             say({"ready": state.global_step})
             wait()
             harness.synchronize()
+            if state.global_step + 1 == profiled:
+                device.begin()
             self.start = time.perf_counter()
 
         def on_step_end(self, args, state, control, **kwargs):
             harness.synchronize()
             self.seconds = time.perf_counter() - self.start
+            if state.global_step == profiled:
+                device.end()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if "loss" not in logs:
@@ -110,6 +118,8 @@ def child(spec: dict[str, Any]) -> None:
                     with trainer.accelerator.autocast():
                         found["reference"] = against_reference(trainer.model, rows[0])
                         found["exact"] = against_exact(trainer.model, rows[: spec["batch"]])
+            elif state.global_step == profiled:
+                found["device_seconds"] = device.seconds
             elif state.global_step > first_parts:
                 found["parts"] = parts.of_step(self.seconds)
             say(found)
@@ -238,7 +248,7 @@ def exact_svd(hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | 
     """−Σ_{i≤k} σ_i / ‖Z‖_F of Z = hidden·weightᵀ + bias, soft-capped: from ZZᵀ [N, N] in float64, tile by tile."""
     hidden = hidden.double()
     gram = hidden.new_zeros(len(hidden), len(hidden))
-    step = max(1, 2**24 // max(hidden.shape))
+    step = max(1, _TILE // max(hidden.shape))
     for start in range(0, len(weight), step):
         z = hidden @ weight[start : start + step].double().T
         if bias is not None:
@@ -305,6 +315,33 @@ def attention_backward(grad: Size, q: Size, k: Size, v: Size, *args: Any, **kwar
 
 def added_product(total: Size, a: Size, b: Size, *args: Any, **kwargs: Any) -> int:
     return product(a, b)
+
+
+class DeviceTime:
+    """Seconds that the device is at work in a step, its kernels and copies; what fails here must not end the step."""
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+
+    def begin(self) -> None:
+        try:
+            self._profile = profile(activities=[ProfilerActivity.CUDA])  # without the host's operators, of many events
+            self._profile.__enter__()
+        except Exception:
+            traceback.print_exc()
+
+    def end(self) -> None:
+        try:
+            self._profile.__exit__(None, None, None)
+            self.seconds = device_seconds(self._profile.events()) or None  # None: it saw nothing
+        except Exception:
+            traceback.print_exc()
+
+
+def device_seconds(events: Any) -> float:
+    """Of a profile's events those on the device, without the ranges that only name several of them."""
+    on_device = (e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation)
+    return sum(e.time_range.elapsed_us() for e in on_device) / 1e6
 
 
 class Parts:
