@@ -239,7 +239,7 @@ def against_exact(model: Any, rows: list[list[int]]) -> list[dict[str, float]]:
         ours = attachment(model)[0].balora_last.svd.item()
         base = model.get_base_model()
         hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    head, cap = base.get_output_embeddings(), getattr(base.config, "final_logit_softcapping", None)
+    head, cap = base.get_output_embeddings(), getattr(base.config.get_text_config(), "final_logit_softcapping", None)
     return [{"svd": ours}, {"svd": exact_svd(hidden, head.weight, head.bias, cap, int(ALL_TERMS.svd_rank))}]
 
 
