@@ -35,7 +35,7 @@ def measure(n: int, d: int, vocab: int, rounds: int) -> list[dict[str, Any]]:
 
 def sizes(n: int, d: int, vocab: int) -> dict[str, dict[str, Callable[[], object]]]:
     case = linear_objective.LinearObjective((n, d, vocab), torch.float32, "all")
-    run = case.run(linear_objective.objective("streaming"))
+    run = case.run(linear_objective.Objective("streaming"))
 
     def sized(name: str, mib: float) -> Callable[[], object]:
         def call() -> object:

@@ -121,7 +121,7 @@ def objectives(sizes: Sizes) -> Iterator[Case]:
     for n, d, vocab in sizes.objective:
         dtype = torch.bfloat16 if ON_GPU else torch.float32
         case = linear_objective.LinearObjective((n, d, vocab), dtype, "all")
-        run = case.run(linear_objective.objective(IMPL))
+        run = case.run(linear_objective.Objective(IMPL))
         label = f"N {n}, d {d}, V {vocab:,}"
         yield Case("linear_objective", label, run, case.floor(), "three bare products")
 

@@ -1,5 +1,6 @@
 """`balora bench`: every operation on tiny shapes, the gate, sweeps and their pictures, arguments that do not fit."""
 
+import copy
 import csv
 import dataclasses
 import sys
@@ -9,6 +10,7 @@ import torch
 from balora_bench import cli, harness, linear_objective, measure, operation, sweep
 from balora_bench.operations import OPERATIONS
 
+from balora import reference
 from balora.cli import main
 
 pytestmark = pytest.mark.no_cover
@@ -104,6 +106,74 @@ def test_what_is_outside_the_budget_gets_no_figures(own, monkeypatch, capsys, tm
     assert "outside the error budget: loss 1.0e-3, allowed" in row["note"]
     assert float(rows["ce", "balora streaming"]["ms"]) > 0  # the other rows are there
     assert "outside the error budget: loss 1.0e-3, allowed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.5, measure.MEASURED), (2.5, measure.OUTSIDE)])
+def test_a_peer_near_the_budget_keeps_its_figures_with_a_remark(factor, status, monkeypatch, capsys, tmp_path):
+    eps = torch.finfo(torch.bfloat16).eps
+
+    def off(p):
+        """In the loss alone, of which the budget allows 2 eps and what plain torch is off."""
+        loss = torch.nn.functional.cross_entropy(p.leaf.float() @ p.weight.float().T, p.labels)
+        return loss + (2 * eps * factor * loss).detach()
+
+    monkeypatch.setattr(measure, "_in_fresh_process", lambda *_: None)
+    planted = operation.Implementation("planted", off, terms=("ce",), note="its note")
+    with_another(monkeypatch, "linear_objective", planted)
+    arguments = ["linear_objective", "--shapes", "12,16,50", "--dtypes", "bfloat16", "--terms", "ce", "--rounds", "1"]
+    arguments += ["--impl", "planted", "--sweep", "none", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    row = rows_of(tmp_path / "linear_objective.csv")["ce", "planted"]
+    assert row["status"] == status
+    assert row["note"].startswith(f"outside the error budget: loss {measure.short(2 * eps * factor)}, allowed 1.6e-2")
+    assert bool(row["ms"]) == (status == measure.MEASURED) == row["note"].endswith("; its note")
+
+
+class Broken(linear_objective.Objective):
+    """balora's streaming path with other settings than those that are asked for."""
+
+    def __init__(self, **changed):
+        super().__init__("streaming")
+        object.__setattr__(self, "changed", changed)
+
+    def output(self, p):
+        p = copy.copy(p)
+        p.config = dataclasses.replace(p.config, **self.changed)
+        return super().output(p)
+
+
+class BrokenGradient(linear_objective.Objective):
+    """The KL's gradient 5 % too large, all values right."""
+
+    def output(self, p):
+        found = super().output(p)
+        kl = reference.consistency(p.leaf @ p.weight.T, p.teacher @ p.weight.T, p.config.temperature) / len(p.leaf)
+        return found._replace(loss=found.loss + 0.05 * p.config.lambda_consistency * (kl - kl.detach()))
+
+
+@pytest.mark.parametrize(
+    ("planted", "words"),
+    [
+        (Broken(temperature=1.9), "consistency of all rows"),
+        (Broken(entropy_top_k=15), "diversity of all rows"),
+        (Broken(svd_rank=9), "svd of all rows"),
+        (Broken(lambda_svd=0.1), "sum of all rows"),
+        (BrokenGradient("streaming"), "weighted_gradient of all rows"),
+        (Broken(), None),
+    ],
+)
+def test_a_wrong_term_is_outside_the_budget_however_small_its_weight(planted, words, monkeypatch, tmp_path):
+    shape = (500, 64, 1000)
+    case = OPERATIONS["linear_objective"].case(shape, torch.bfloat16, "all")
+    loose = case.errors(planted) | case.errors_of_all(case.run(planted)())
+    assert all(error.found <= error.allowed for error in loose.values())  # the loss and its gradient do not show it
+    with_another(monkeypatch, "linear_objective", operation.Implementation("planted", planted, own=True))
+    monkeypatch.setattr(measure, "_in_fresh_process", lambda *_: None)
+    arguments = ["linear_objective", "--shapes", ",".join(map(str, shape)), "--dtypes", "bfloat16", "--terms", "all"]
+    arguments += ["--rounds", "1", "--impl", "planted", "--sweep", "none", "--out", str(tmp_path)]
+    assert cli.main(arguments) == (0 if words is None else 1)
+    row = rows_of(tmp_path / "linear_objective.csv")["all", "balora planted"]
+    assert row["note"].startswith("" if words is None else f"outside the error budget: {words}")
 
 
 def right_in_its_first_rows(wrong):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Protocol
@@ -125,6 +125,10 @@ class Case(ABC):
         """Of what a run on all inputs returned; nothing where that part is all of them."""
         return {}
 
+    def errors_of_terms(self, function: Function) -> dict[str, harness.Error]:
+        """Of what the budget of the whole would hide, on all inputs: asked of balora's own."""
+        return {}
+
 
 _CHUNK = 2**24  # logits that the oracle of all rows has at a time
 
@@ -201,21 +205,27 @@ class Loss(Case):
         """The oracle's loss, and the compared rows of its gradient, both in float64; the equation in that type."""
         n, compared = len(self.inputs.leaf), self._compared
         loss, gradients = torch.zeros((), dtype=torch.float64, device=compared.device), []
-        step = max(1, _CHUNK // self.inputs.vocab)
-        for start in range(0, n, step):
-            part = self.inputs.part(slice(start, start + step), dtype)
+        start = 0
+        for part in self.parts(dtype):
             found, gradient = _forward_backward(self._oracle_of_rows, part)()
-            share = len(part.leaf) / n
-            inside = compared[(compared >= start) & (compared < start + step)] - start
-            loss += share * found.double()
-            gradients.append(share * gradient[inside].double())
+            rows = len(part.leaf)
+            inside = compared[(compared >= start) & (compared < start + rows)] - start
+            loss += rows / n * found.double()
+            gradients.append(rows / n * gradient[inside].double())
+            start += rows
         gradient = torch.cat(gradients)
-        if self._rest is not None:
-            loss, gradient = loss + self._rest[0], gradient + self._rest[1][compared]
+        if self.rest is not None:
+            loss, gradient = loss + self.rest[0], gradient + self.rest[1][compared]
         return {"loss": loss, "gradient": gradient}
 
+    def parts(self, dtype: torch.dtype | None) -> Iterator[Any]:
+        """All rows, as many at a time as may be materialized, in that type."""
+        step = max(1, _CHUNK // self.inputs.vocab)
+        for start in range(0, len(self.inputs.leaf), step):
+            yield self.inputs.part(slice(start, start + step), dtype)
+
     @cached_property
-    def _rest(self) -> tuple[Tensor, Tensor] | None:
+    def rest(self) -> tuple[Tensor, Tensor] | None:
         """Of the oracle, what is no mean over the rows, in float64 for the yardstick too: computed once."""
         if self._whole is None:
             return None

@@ -59,6 +59,8 @@ def run(
                 name = row["implementation"] + (f" ({group})" if group != terms[0] else "")
                 if row["status"] == MEASURED:
                     lines.setdefault(name, {})[size] = row
+                    if "outside" in row["note"]:  # a peer, that keeps its points
+                        ends.append(f"{name} at {axis} {size}: {row['note']}")
                 else:
                     del going[implementation]
                     where = "" if row["status"] == NOT_HERE else f"from {axis} {size} on: "

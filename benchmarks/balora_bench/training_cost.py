@@ -62,7 +62,7 @@ TOLERANCES = {
 }
 # What the published sketch (q = 15, 2 iterations) may miss of Σσ, relative to balora's, which is held against an exact
 # one (AT_THE_END). A sketch never finds more than there is, and of the nearly flat spectrum of random weights less.
-# Found: 2.1 % on stories15M; of random LLaMA shapes 5.2 to 5.6 % (N 1020, V 64,000) and 5.6 to 6.3 % (N 2044, V 32,000),
+# Found: 2.1 % on stories15M; of random LLaMA shapes 5.2 to 5.6 % (N 1020, V 64,000), 5.6 to 6.3 % (N 2044, V 32,000),
 # where balora is within 0.05 % of exact; of random matrices 7.2 to 9.1 % (side 500 to 1500), more the larger they are.
 SKETCH_MISSES = 0.15
 # Nats: of a smaller KL the distance is taken relative to this. In bfloat16 peft's PiSSA rounds W_res, so that the
