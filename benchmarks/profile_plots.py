@@ -109,7 +109,7 @@ def _label(axis: Any, labels: list[tuple[float, str]], end: float) -> None:
             )  # fmt: skip
 
 
-def roofline(found: list[Count], devices: tuple[Device, ...], path: Path) -> None:
+def roofline(found: list[Count], devices: tuple[Device, ...], path: Path, timed: bool = False) -> None:
     """All kernels at what they can reach on an H100: under its bandwidth and the peak of the unit that they use."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(9, 5.6), layout="constrained")
@@ -136,7 +136,8 @@ def roofline(found: list[Count], devices: tuple[Device, ...], path: Path) -> Non
         axis.legend(loc="lower right", frameon=False)
         axis.set_xlabel("operations a byte, counted")
         axis.set_ylabel("operations a second, at most, on an H100")
-        axis.set_title("Expectation: no kernel has been timed on a device yet", loc="left", fontsize=10)
+        title = "counted, not timed" if timed else "no kernel has been timed on a device yet"
+        axis.set_title(f"Expectation: {title}", loc="left", fontsize=10)
         save(figure, path)
 
 

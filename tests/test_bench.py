@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from balora_bench import cli, harness, linear_objective, measure, operation, sweep
+from balora_bench import cli, harness, linear_objective, logit_losses, measure, operation, sweep
 from balora_bench.operations import OPERATIONS
 
 from balora import reference
@@ -445,6 +445,106 @@ def test_the_choice_of_the_environment_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("BALORA_IMPL", "reference")
     assert main(["bench", "covariance_loss"]) == 2
     assert "BALORA_IMPL: expected not to be set" in capsys.readouterr().err
+
+
+class Device:
+    """A device whose runs take some time on its clock, and whose host takes longer to launch the first after a rest."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.rested, self.alive, self.most_alive = 0.0, True, 0, 0
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = device.now
+
+            def synchronize(self):
+                device.rested = True
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def run(self, seconds, launch=1e-4):
+        class Result:
+            def __init__(this):
+                self.alive += 1
+                self.most_alive = max(self.most_alive, self.alive)
+
+            def __del__(this):
+                self.alive -= 1
+
+        def run():
+            self.now += seconds + launch * self.rested
+            self.rested = False
+            return Result()
+
+        return run
+
+
+def test_on_a_device_a_short_run_is_timed_over_many_calls(monkeypatch):
+    device = Device(monkeypatch)
+    short, long = device.run(1e-5), device.run(7e-3)
+    assert 5e-3 / 1e-5 * 0.95 < harness.calls(short) <= 1000
+    assert harness.calls(long) == 1
+    found = harness.interleaved({"short": short, "long": long}, rounds=3)
+    assert found["short"] == pytest.approx([1e-5] * 3, rel=0.05)  # the launch is a twentieth of what it was
+    assert found["long"] == pytest.approx([7e-3 + 1e-4] * 3)
+    assert device.most_alive == 1
+    assert harness.calls(device.run(0.0, launch=0.0)) == 1000  # one that has failed and is not run again
+
+
+def test_on_a_cpu_every_run_is_timed_once():
+    if torch.cuda.is_available():
+        pytest.skip("needs a CPU alone")
+    called = []
+    harness.interleaved({"a": lambda: called.append(1)}, rounds=3)
+    assert len(called) == 1 + 3
+
+
+def test_the_machine_has_the_versions_that_a_figure_depends_on(monkeypatch):
+    class Package:
+        def __init__(self, name):
+            self.name, self.version = name, "1.2"
+
+    packages = [Package(name) for name in ("transformers", "peft", "accelerate", "liger_kernel", None)]
+    monkeypatch.setattr(harness.metadata, "distributions", lambda: packages)
+    found = harness.machine()
+    assert [found[name] for name in ("transformers", "peft", "accelerate", "liger-kernel")] == ["1.2"] * 4
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "found"),
+    [("700.00 W, 1980 MHz\n", 0, "700.00 W, 1980 MHz"), ("a\nb\n", 0, ""), ("no\n", 9, "")],
+)
+def test_the_power_limit_is_told_where_the_driver_tells_it(answer, status, found, monkeypatch):
+    asked = []
+
+    def answered(command, **_):
+        asked.append(command)
+        return harness.subprocess.CompletedProcess(command, status, answer, "")
+
+    properties = type("Properties", (), {"uuid": "12-34"})()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(harness.shutil, "which", lambda name: name)
+    monkeypatch.setattr(harness.subprocess, "run", answered)
+    assert harness._limits() == found
+    assert asked[0][-1] == "--id=GPU-12-34"
+
+
+@pytest.mark.parametrize("shape", [(20, 60), (60, 20)])
+def test_the_oracle_of_the_svd_loss_is_the_decomposition(shape):
+    case = OPERATIONS["svd_loss"].case(shape, torch.bfloat16, "all")
+    wide = case.inputs.part(slice(None), torch.float64)
+    found, exact = (operation._named(f, wide) for f in (logit_losses.svd_oracle, logit_losses.svd("reference")))
+    assert max(harness.error(found[name], exact[name]) for name in exact) < 1e-11
 
 
 def test_the_floor_moves_the_bytes_it_says():

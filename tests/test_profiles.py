@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -63,6 +64,35 @@ def test_the_script_writes_a_table_and_a_picture(tmp_path, capsys):
     assert "CholeskyQR" in text
     assert isinstance(dispatch.extension(), str) or "rank 4, C++" in text or torch.cuda.is_available()
     assert [file.name[:14] for file in tmp_path.iterdir()] == ["randomized-svd"]
+
+
+def test_on_a_device_ranges_around_kernels_are_no_kernels():
+    import profiles
+
+    def event(name, ms, names=False):
+        return SimpleNamespace(
+            device_type=profiles.DeviceType.CUDA, name=name, self_device_time_total=1e3 * ms, is_user_annotation=names
+        )
+
+    events = [event("void merge(int)", 2), event("ampere_gemm", 3), event("Optimizer.step#AdamW.step", 9, names=True)]
+    assert profiles.by_kernel(events) == {"merge": 2, "products": 3}
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_counts_do_not_say_that_nothing_ran_where_it_did(on_gpu, monkeypatch, tmp_path):
+    import profiles
+
+    titles = []
+    monkeypatch.setattr(profiles, "ON_GPU", on_gpu)
+    monkeypatch.setattr(kernel_counts, "instructions", dict)
+    monkeypatch.setattr(profiles.profile_plots, "kernels", lambda *_: None)
+    monkeypatch.setattr(
+        profiles.profile_plots, "save", lambda figure, path: titles.append(figure.axes[0].get_title(loc="left"))
+    )
+    profiles.kernels(SimpleNamespace(out=tmp_path, results=tmp_path))
+    text = (tmp_path / "profiles-kernels.md").read_text(encoding="utf-8")
+    assert ("none has run on a device" in text) == (not on_gpu)
+    assert ("yet" in titles[0]) == (not on_gpu)
 
 
 def test_alternatives_give_what_is_taken():

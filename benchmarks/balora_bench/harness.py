@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import ctypes
 import gc
+import itertools
+import math
 import os
 import platform
 import shutil
@@ -25,6 +27,7 @@ import balora
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 MIB = 2**20
+_LEAST, _MOST = 5e-3, 1000  # seconds between two device events; calls between them
 
 
 class Error(NamedTuple):
@@ -56,11 +59,14 @@ def budget(
 
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each run, `rounds` times, one after the other within a round: by device events on CUDA."""
+    """Seconds of each run, `rounds` times, one after the other within a round: by device events on CUDA, where a short
+    run is called several times in a row (``calls``)."""
+    times: dict[str, int] = {}
     for name, run in runs.items():
         progress(f"warming up: {name}")
         for _ in range(warm_up):
             run()
+        times[name] = calls(run)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()
     gc.freeze()  # else to collect before every run takes longer than many a run, once torch.compile has been at work
@@ -69,32 +75,64 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int, warm_up: int
             progress(f"round {i + 1} of {rounds}")
             for name, run in runs.items():
                 gc.collect()
-                seconds[name].append(seconds_of(run))
+                seconds[name].append(seconds_of(run, times[name]))
     finally:
         gc.unfreeze()
     progress("")
     return seconds
 
 
-def seconds_of(run: Callable[[], object]) -> float:
+def calls(run: Callable[[], object]) -> int:
+    """How many calls of a run take as long as two device events need between them; 1 on a CPU.
+
+    Around one short call on an idle device they would time how fast the host launches it.
+    """
+    count = 1
+    while torch.cuda.is_available():
+        seconds = seconds_of(run, count)
+        if seconds * count >= _LEAST or count == _MOST:
+            break
+        count = min(_MOST, max(2 * count, math.ceil(_LEAST / max(seconds, 1e-9))))
+    return count
+
+
+def seconds_of(run: Callable[[], object], times: int = 1) -> float:
+    """Of a call, the mean of so many in a row; what each returns is dropped before the next."""
     synchronize()
     if torch.cuda.is_available():
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        run()
+        for _ in range(times):
+            run()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return begin.elapsed_time(end) / 1e3 / times
     start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    for _ in range(times):
+        run()
+    return (time.perf_counter() - start) / times
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """Operations a second of a bare product of two square matrices of 8192 rows (2048 on a CPU): the best of 10."""
-    size, device = (8192, "cuda") if torch.cuda.is_available() else (2048, "cpu")
+    """Operations a second of a bare product of two square matrices of 8192 rows (2048 on a CPU): the median of 50 (10)
+    in a row, as a step has them: a device that has rested is faster for a while."""
+    size, device, count = (8192, "cuda", 50) if torch.cuda.is_available() else (2048, "cpu", 10)
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    return 2 * size**3 / min(interleaved({"product": lambda: a @ b}, 10, warm_up=3)["product"])
+    out = torch.empty_like(a)
+    for _ in range(3):
+        torch.mm(a, b, out=out)
+    synchronize()
+    if torch.cuda.is_available():
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            torch.mm(a, b, out=out)
+            mark.record()
+        synchronize()
+        seconds = [begin.elapsed_time(end) / 1e3 for begin, end in itertools.pairwise(marks)]
+    else:
+        seconds = [seconds_of(lambda: torch.mm(a, b, out=out)) for _ in range(count)]
+    return 2 * size**3 / statistics.median(seconds)
 
 
 def median_and_spread(seconds: list[float]) -> tuple[float, float]:
@@ -180,21 +218,38 @@ def python_path() -> str:
 
 def machine() -> dict[str, str]:
     """What a figure depends on: device, versions, commit."""
-    installed = {d.name.replace("_", "-"): d.version for d in metadata.distributions()}
-    peers = ("triton", "liger-kernel", "cut-cross-entropy")
+    # A folder that is left of a package that is gone has metadata without a name.
+    installed = {d.name.replace("_", "-"): d.version for d in metadata.distributions() if d.name}
+    beside = ("triton", "transformers", "peft", "accelerate", "liger-kernel", "cut-cross-entropy")
     root = Path(__file__).parents[2]
     there = (root / ".git").exists() and shutil.which("git")
     git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if there else ""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        **({"limits": limits} if (limits := _limits()) else {}),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: installed[name] for name in peers if name in installed},
+        **{name: installed[name] for name in beside if name in installed},
         "balora": f"{balora.__version__} {commit}".strip(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _limits() -> str:
+    """Of the GPU, where its driver tells them: its power limit and its highest clock."""
+    if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        return ""
+    command = ["nvidia-smi", "--query-gpu=power.limit,clocks.max.sm", "--format=csv,noheader"]
+    if uuid := getattr(torch.cuda.get_device_properties(), "uuid", None):
+        command.append(f"--id=GPU-{uuid}")
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    lines = found.stdout.strip().splitlines()
+    return lines[0] if found.returncode == 0 and len(lines) == 1 else ""
 
 
 def _cpu_name() -> str:
