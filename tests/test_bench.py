@@ -274,7 +274,7 @@ def test_what_breaks_while_it_is_timed_loses_its_own_figures_alone(monkeypatch, 
 
 def test_fixed_costs_of_a_small_run_are_not_scaled_into_too_slow(monkeypatch):
     """A small run is 64 rows, but takes a second, as all of them do."""
-    monkeypatch.setattr(harness, "seconds_of", lambda run: float(len([run()])))
+    monkeypatch.setattr(harness, "seconds_of", lambda run, times=1: float(len([run()])))
     monkeypatch.setattr(measure, "_in_fresh_process", lambda *_: None)
     case = OPERATIONS["consistency_loss"]
     chosen = [i for i in case.implementations if i.name == "naive"]

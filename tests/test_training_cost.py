@@ -130,6 +130,15 @@ def test_the_published_sketch_may_miss_what_the_exact_svd_term_has():
     assert ours["note"] == "away: svd 14.9% from the exact one of a step's tokens (allowed 2.0%)"
 
 
+@pytest.mark.parametrize("key", ["reference", "exact"])
+def test_a_check_that_fails_refuses_the_row_and_says_why(key):
+    *_, ours = training_cost.gated([row("published"), row("balora", **{key: None}, unchecked="memory ended")])
+    assert "seconds" not in ours
+    assert ours["refused_seconds"] == 1
+    assert "svd nan% from" in ours["note"]
+    assert ours["note"].endswith("; memory ended")
+
+
 def test_what_is_refused_stays_in_the_csv_alone(tmp_path):
     given = {"model": "m", "data": "", "batch": 4, "length": 8, "r": 4, "checkpointing": False}
     rows = [given | row("pissa"), given | row("published"), given | row("balora", {"svd": -1.3}, seconds=0.5)]

@@ -226,6 +226,7 @@ def summary(
         row["terms"] = [step["terms"] for step in steps]
         row["losses"] = [step["loss"] for step in steps]
         row["reference"], row["exact"] = steps[-1].get("reference"), steps[-1].get("exact")
+        row["unchecked"] = steps[-1].get("unchecked", "")
     return row
 
 
@@ -239,7 +240,7 @@ def gated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for key in [key for key in FIGURES if key in ours]:
                 ours[f"refused_{key}"] = ours.pop(key)
             words = (f"{name} {value:.1%} from {whose} (allowed {most:.1%})" for name, value, most, whose in wrong)
-            ours["note"] = f"away: {', '.join(words)}"
+            ours["note"] = "; ".join(filter(None, (f"away: {', '.join(words)}", ours.get("unchecked"))))
         elif not published:
             ours["note"] = f"held against balora.reference on {CHECKED} tokens: the published method has no losses"
     for row in rows:
@@ -255,7 +256,8 @@ def away(ours: dict[str, Any], published: dict[str, Any] | None) -> list[tuple[s
 
     The row gets the distances.
     """
-    reference, exact, allowed = tuple(ours["reference"]), tuple(ours["exact"]), TOLERANCES[ours["dtype"]]
+    reference, exact = (tuple(ours[key] or ({}, {})) for key in ("reference", "exact"))
+    allowed = TOLERANCES[ours["dtype"]]
     least = {"consistency": LEAST[ours["dtype"]]}
     if published:
         other, pairs = "the published method's", list(zip(ours["terms"], published["terms"], strict=True))
@@ -368,7 +370,7 @@ def write(out: Path, text: list[str], rows: Rows, machine: dict[str, str]) -> No
 def of_csv(row: dict[str, Any]) -> dict[str, Any]:
     """What the losses and terms were, in JSON; of a row that is refused nothing under the name of a figure."""
     lists = ("terms", "losses", "reference", "exact")
-    cells = {key: value for key, value in row.items() if key not in (*lists, "apart", "at_the_end")}
+    cells = {key: value for key, value in row.items() if key not in (*lists, "apart", "at_the_end", "unchecked")}
     which = "refused_" if "refused_seconds" in row else ""
     return cells | {f"{which}{key}": json.dumps(row[key]) for key in lists if row.get(key)}
 
