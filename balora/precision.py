@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ def bfloat16_products(exact: bool) -> Iterator[None]:
     if not exact:
         yield
         return
-    with _set(torch.backends.mkldnn.matmul, "bf16"):
+    settings: Any = torch.backends.mkldnn
+    with _set(settings.matmul, "bf16"):
         yield
 
 
@@ -49,7 +51,7 @@ def float32_products() -> Iterator[None]:
 
 
 @contextmanager
-def _set(settings, precision: str) -> Iterator[None]:
+def _set(settings: Any, precision: str) -> Iterator[None]:
     before = settings.fp32_precision
     settings.fp32_precision = precision
     try:

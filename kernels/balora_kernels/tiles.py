@@ -12,8 +12,9 @@ from typing import NamedTuple
 MULTIPROCESSORS = 132  # of an H100 or H200; an A100 has 108, a B200 148
 
 # A tile of a row that one program holds in registers. 4096 logits in float32 with their differences in bfloat16 are
-# 24 KB in flight for a program of 4 warps; the registers let three to four of them on a multiprocessor, which covers the
-# product of bandwidth and latency (about 40 KB each on an H200), and 16 rows of 32,000 are 128 programs: the chip is full.
+# 24 KB in flight for a program of 4 warps; the registers let three to four of them on a multiprocessor, which covers
+# the product of bandwidth and latency (about 40 KB each on an H200), and 16 rows of 32,000 are 128 programs: the chip
+# is full.
 _TILE = 4096
 _PER_THREAD = 32
 
