@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from . import spectral
-from .precision import float32_products
 
 _TILE_BYTES = 16 * 2**20
 
@@ -90,7 +89,6 @@ class Batch:
             teacher = z_teacher.to(self.dtype)
             self.products += torch.stack([(wide * wide).sum(), (teacher * teacher).sum(), (teacher * wide).sum()])
 
-    @float32_products()
     def solve(self, tile: Tile, cheap: bool = False) -> BatchTerms:
         """The values; what ``gradient`` needs is kept.
 
@@ -136,7 +134,6 @@ class Batch:
             svd = self.svd.value
         return BatchTerms(consistency, covariance, svd)
 
-    @float32_products()
     def gradient(self, z: Tensor, z_teacher: Tensor | None = None) -> Tensor:
         """The gradient by a tile. z, z_teacher [n, v] -> [n, v] in the type of z."""
         lambda_consistency, lambda_covariance, lambda_svd = self.lambdas

@@ -129,7 +129,9 @@ class LinearHead:
         key = (id(known), *(_version(t) for t in self.tensors[1:] if t is not None))
         if self._gram is None or self._gram[0] != key:
             linear = Linear(self, known.dtype)
-            self._gram = (key, spectral.head_gram(self.weight.detach(), linear.extra, known, linear.lift()))
+            lift = None if linear.a is None else linear.lift
+            with torch.autocast(known.device.type, enabled=False):
+                self._gram = (key, spectral.head_gram(self.weight.detach(), linear.extra, known, lift))
         return self._gram[1]
 
     def prepare_svd(self) -> None:
@@ -208,12 +210,12 @@ class Linear:
             parts.append(h.new_ones(len(h), 1))
         return torch.cat(parts, 1) if parts else None
 
-    def lift(self) -> Tensor | None:
-        """M with X = [H | 1] M, without a bias H M: [d + 1, d + r + 1] or [d, d + r]. None without an adapter."""
-        if self.a is None:
-            return None
-        m = torch.cat([torch.eye(self.a.shape[1], dtype=self.dtype, device=self.a.device), self.scaling * self.a.T], 1)
-        return torch.block_diag(m, m.new_ones(1, 1)) if self.has_bias else m
+    def lift(self, y: Tensor) -> Tensor:
+        """M Y with X = [H | 1] M, of an adapter. y [d + r + 1, k] -> [d + 1, k]; without a bias one row less."""
+        assert self.a is not None
+        r, d = self.a.shape
+        lifted = y[:d].addmm(self.a.T, y[d : d + r], alpha=self.scaling)
+        return torch.cat([lifted, y[d + r :]]) if self.has_bias else lifted
 
     def forward(
         self, h: Tensor, x: Tensor | None, out: Tensor, at: slice = slice(None), bfloat16: bool = False

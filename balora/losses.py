@@ -10,6 +10,7 @@ from torch import Tensor
 from . import batch, dispatch, fused, operators, reference, streaming
 from .checks import as_scalar, check_normalizer, check_positive, check_rank, check_whole, describe
 from .config import rank_of
+from .precision import float32_products
 
 _SKETCH, _POWER = 64, 4  # the widest sketch that the kernels have, and its power iterations
 
@@ -260,7 +261,8 @@ class _Batch(torch.autograd.Function):
         if n == 0:
             return z.new_zeros((), dtype=wide)
         solver = batch.Batch((n, z.shape[1]), z.new_empty(0, dtype=wide), **terms)
-        found = solver.solve(lambda *at: _tile(z, kept, z_teacher, *at), cheap=True)
+        with float32_products():
+            found = solver.solve(lambda *at: _tile(z, kept, z_teacher, *at), cheap=True)
         ctx.solver = solver
         return (found.consistency + found.covariance + found.svd).to(wide)
 
@@ -270,7 +272,7 @@ class _Batch(torch.autograd.Function):
         z, kept, z_teacher = ctx.saved_tensors
         out = torch.zeros_like(z)
         if ctx.solver is not None:
-            with torch.autocast(z.device.type, enabled=False):
+            with torch.autocast(z.device.type, enabled=False), float32_products():
                 for row, column in ctx.solver.tiles():
                     gradient = ctx.solver.gradient(*_tile(z, kept, z_teacher, row, column)) * grad_loss
                     out[row if kept is None else kept[row], column] = gradient.to(out.dtype)

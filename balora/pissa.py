@@ -367,13 +367,20 @@ def _put(flags: list[_Flag]) -> None:
     """Past nn.Module's __setattr__, which asks first whether it is a parameter: of the 3,000 modules of a model of 32
     layers that takes 20 ms in every forward of a teacher, in which a GPU would wait."""
     for flag in flags:
-        object.__setattr__(flag.module, flag.name, flag.within)
+        _assign(flag.module, flag.name, flag.within)
 
 
 @torch.compiler.disable
 def _put_back(flags: list[_Flag]) -> None:
     for flag in flags:
-        object.__setattr__(flag.module, flag.name, flag.before)
+        _assign(flag.module, flag.name, flag.before)
+
+
+def _assign(module: nn.Module, name: str, value: Any) -> None:
+    if isinstance(module, torch.jit.ScriptModule):  # whose flags are not Python's
+        setattr(module, name, value)
+    else:
+        object.__setattr__(module, name, value)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ def check_recipe(run: Any, training: TrainingArguments, checkpoint: str) -> None
     if not path.is_file():  # not one of `balora train`
         return
     now, then = settled(run, training), yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(then, dict):
+        raise ValueError(f"resume_from_checkpoint: expected options and their values in {path}, found {then!r}")
     kept_schedule = _KEPT_SCHEDULES & {then.get("lr_scheduler_type"), now["lr_scheduler_type"]}
     for name in now:
         if name not in then or (name in _SCHEDULE and not kept_schedule):

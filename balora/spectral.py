@@ -76,7 +76,10 @@ def rows_at_a_time(rows: Tensor) -> int:
 
 @float32_products()
 def head_gram(
-    weight: Tensor, extra: Tensor | None = None, known: Tensor | None = None, lift: Tensor | None = None
+    weight: Tensor,
+    extra: Tensor | None = None,
+    known: Tensor | None = None,
+    lift: Callable[[Tensor], Tensor] | None = None,
 ) -> HeadGram:
     """The Gram matrix of a head and its factor: V·d² operations, once for a frozen head.
 
@@ -86,7 +89,7 @@ def head_gram(
     G does: Cᵀ(XᵀX)C = Lᵀ([H | 1]ᵀ[H | 1])L, and C x is the same gradient's direction.
 
     weight [V, d]; extra [V, e] are further columns, of an adapter and a bias; known is weightᵀ·weight [d, d], where
-    that is at hand; lift is M [d or d + 1, d + e]. -> G [d + e, d + e].
+    that is at hand; lift(Y) is M Y, with M [d or d + 1, d + e]. -> G [d + e, d + e].
     """
     g = gram([weight]) if known is None else known
     if extra is not None:
@@ -98,8 +101,8 @@ def head_gram(
         g = torch.cat([torch.cat([g, cross], 1), torch.cat([cross.T, corner], 1)])
     if lift is None:
         return HeadGram(g, _factor(g))
-    seen = lift.to(g.dtype) @ g
-    return HeadGram(g, _factor(seen @ lift.to(g.dtype).T, seen))
+    seen = lift(g)
+    return HeadGram(g, _factor(lift(seen.T), seen))
 
 
 def _factor(g: Tensor, seen: Tensor | None = None) -> Tensor:

@@ -313,6 +313,7 @@ class Run:
         at = slice(start, stop) if self.kept is None else self.kept[start:stop]
         self.grad_hidden[at] += (dh * self.scale).to(self.grad_hidden.dtype)
 
+    @float32_products()
     def batch_terms(self) -> batch.BatchTerms:
         """The terms that need the logits of the whole batch at once, over tiles of them."""
         config = self.config

@@ -331,7 +331,8 @@ def test_the_linear_part_is_one_map():
     whole = torch.cat([inputs["weight"], linear.extra], 1)
     torch.testing.assert_close(head.gram.gram, whole.T @ whole)
     wide = torch.cat([inputs["hidden"], torch.ones(N, 1, dtype=torch.float64)], 1)
-    torch.testing.assert_close(wide @ linear.lift(), torch.cat([inputs["hidden"], x], 1))
+    m = linear.lift(torch.eye(wide.shape[1] + R, dtype=torch.float64))
+    torch.testing.assert_close(wide @ m, torch.cat([inputs["hidden"], x], 1))
     seen = torch.cat([inputs["hidden"], x], 1) @ head.gram.factor  # as many columns as [H | 1]
     assert seen.shape == wide.shape
     torch.testing.assert_close(torch.linalg.svdvals(seen), torch.linalg.svdvals(want / 1.7)[: seen.shape[1]])

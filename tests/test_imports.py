@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "rows": {"torch"},
     "precision": {"torch"},
     "spectral": {"torch", "balora.precision"},
-    "batch": {"torch", "balora.precision", "balora.spectral"},
+    "batch": {"torch", "balora.spectral"},
     "head": {"torch", "balora.checks", "balora.precision", "balora.spectral"},
     "operators": {"torch", "balora.config", "balora.fused", "balora.head", "balora.streaming"},
     "fused": {
@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "balora.dispatch",
         "balora.fused",
         "balora.operators",
+        "balora.precision",
         "balora.reference",
         "balora.streaming",
     },

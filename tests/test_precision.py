@@ -97,3 +97,17 @@ def test_where_singular_values_come_from_no_product_is_in_tf32(way, monkeypatch)
     F.randomized_svd(torch.randn(6, 9), 2)
     assert set(seen) == {("_eigh", False), ("_factor", False), ("orthonormal", False), ("logits", True)}
     assert uses_tf32()
+
+
+@pytest.mark.parametrize("way", ["nothing", "backends"], indirect=True)
+def test_losses_that_torch_compile_traces(way):
+    z = torch.randn(6, 9, requires_grad=True)
+    torch._dynamo.reset()
+    found = torch.compile(F.covariance_loss, fullgraph=True, backend="aot_eager")(z)
+    torch.testing.assert_close(found, F.covariance_loss(z))
+    torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss in (found, F.covariance_loss(z))))
+
+    def values(a):
+        return F.randomized_svd(a, 2, impl="reference")[1]
+
+    torch.testing.assert_close(torch.compile(values, fullgraph=True, backend="aot_eager")(z), values(z))
