@@ -313,9 +313,6 @@ def teacher(model: nn.Module, head: str = "initial") -> Iterator[None]:
         yield
     finally:
         _put_back(flags)
-        if head == "current":
-            # Up to torch 2.10 autocast keeps the copy of a trained weight that it made without a gradient.
-            torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -228,7 +228,7 @@ def test_autocast(name):
     out.loss.backward()
     found = gradients(model)
     assert all(g.isfinite().all() for g in found.values())
-    # Up to torch 2.10 the teacher's pass left a head behind that had no gradient.
+    # Up to torch 2.10 autocast kept the copy of the head's weight that the teacher's pass had made without a gradient.
     assert set(found) == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
