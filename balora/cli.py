@@ -318,8 +318,10 @@ def _given(option: str, argv: list[str]) -> bool:
 
 def _plain(value: Any) -> Any:
     """A value as YAML can hold it: enumerations by their value."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
     value = getattr(value, "value", value)
-    return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
+    return value if isinstance(value, (str, int, float, bool, dict, type(None))) else str(value)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch.nn.functional as nnF
 import transformers
 
 import balora
-from balora import BALoraConfig, LinearHead
+from balora import BALoraConfig, LinearHead, spectral
 from balora import functional as F
 
 from .architectures import ARCHITECTURES, VOCAB, block_layers, tiny
@@ -102,6 +102,20 @@ def test_the_loss_is_the_plain_objective(name):
     inputs = batch()
     inputs["num_items_in_batch"] = torch.tensor(40)
     assert_plain(model, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_round_what_a_frozen_head_keeps(monkeypatch, dtype):
+    """On a device that is float32, of which autocast would make products in half precision."""
+    monkeypatch.setattr(spectral, "accumulation_dtype", lambda tensor: torch.float32)
+    model = attach(lora("phi", torch.float32))
+    bias = model.get_output_embeddings().bias
+    bias.data += 30  # whose squares leave the range of float16
+    with torch.autocast("cpu", dtype):
+        model(**batch())
+    found = model._balora.heads.student.gram.gram
+    whole = torch.cat([model.get_output_embeddings().weight, bias[:, None]], 1).double()
+    torch.testing.assert_close(found.double(), whole.T @ whole, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

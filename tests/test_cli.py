@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import balora
-from balora import cli
+from balora import cli, resume, train
 from balora.adapters import RESIDUAL_BASE
 
 from .architectures import tiny
@@ -156,6 +156,30 @@ def test_a_finished_run_is_not_overwritten_and_not_resumed_with_other_adapters(i
         assert f"error: {name}: expected " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("report_to", "none"),
+        ("debug", "underflow_overflow"),
+        ("accelerator_config", '{"split_batches": true}'),
+        ("lr_scheduler_kwargs", '{"num_cycles": 2}'),
+        ("warmup_steps", "0.1"),
+        ("lr_scheduler_type", "cosine_with_restarts"),
+        ("svd_rank", "0.3"),
+    ],
+)
+def test_a_kept_recipe_says_what_was_given(inputs, tmp_path, name, value):
+    values = flags({**options(inputs, tmp_path / "run"), name: value})
+    asked, made = cli._train_arguments(train, values)
+    (tmp_path / "recipe.yaml").write_text(resume.recipe_text(asked))
+    again, made_again = cli._train_arguments(train, [str(tmp_path / "recipe.yaml")])
+    assert again == yaml.safe_load(resume.recipe_text(asked))
+    for first, second in zip(made, made_again, strict=True):
+        for field in vars(first):
+            if field not in ("logging_dir", "output_dir", "data", "model"):
+                assert str(getattr(first, field)) == str(getattr(second, field)), field
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_a_run_goes_on_with_its_data_and_its_optimizer(inputs, tmp_path, capsys, monkeypatch):
     """The Trainer would take the old rate from the checkpoint, and recipe.yaml would hold the new one."""
@@ -181,6 +205,11 @@ def test_a_run_goes_on_with_its_data_and_its_optimizer(inputs, tmp_path, capsys,
         assert f"error: {name}: expected {expected}" in error
         assert f", as in {kept}, found {value}" in error
         assert (out / "recipe.yaml").read_text() == before
+    there = kept.read_text()
+    kept.write_text("")
+    assert cli.main(["train", *flags(values), "--resume_from_checkpoint", "true"]) == 2
+    assert f"resume_from_checkpoint: expected options and their values in {kept}, found None" in capsys.readouterr().err
+    kept.write_text(there)
     # An edited recipe is no way around it; a shorter run, another log and the same file by another name are no change.
     recipe = yaml.safe_load(before)
     (out / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "learning_rate": 1e-3}))

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import balora
+from balora.pissa import evaluating
 
 from .architectures import tiny
 from .conftest import batch, tiny_llama, train_a_little
@@ -104,3 +105,15 @@ def test_a_classifier_is_trained_in_full_and_its_teacher_has_the_first_one():
     assert not torch.equal(run(model), before)
     with balora.teacher(model):
         assert torch.equal(run(model), before)
+
+
+def test_a_scripted_module_follows():
+    """Whose flags lie outside of Python."""
+    scripted = torch.jit.script(torch.nn.Dropout(0.5))
+    model = torch.nn.Sequential(scripted, torch.nn.Dropout(0.5)).train()
+    x = torch.ones(1000)
+    with evaluating(model):
+        assert torch.equal(model(x), x)
+    assert model[0].training
+    assert model[1].training
+    assert (model[0](x) == 0).any()
