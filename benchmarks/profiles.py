@@ -407,10 +407,11 @@ def kernels(options: argparse.Namespace) -> None:
     """The counts and their pictures."""
     found = kernel_counts.counts(kernel_counts.instructions())
     table = harness.table(kernel_counts.rows(found), kernel_counts.COLUMNS)
-    so_far = "what they took is in profiles-gpu.md" if ON_GPU else "none has run on a device"
+    timed = (options.results / "profiles-gpu.md").is_file()
+    so_far = "what they took is in profiles-gpu.md" if timed else "none has run on a device"
     text = heading(f"What the GPU kernels must do, counted; {so_far}", options) + table + "\n"
     (options.results / "profiles-kernels.md").write_text(text, encoding="utf-8")
-    profile_plots.roofline(found, kernel_counts.DEVICES, options.out / "roofline.png", timed=ON_GPU)
+    profile_plots.roofline(found, kernel_counts.DEVICES, options.out / "roofline.png", timed=timed)
     profile_plots.kernels(found, kernel_counts.rows(found), kernel_counts.DEVICES, options.out / "kernels.png")
 
 

@@ -176,6 +176,27 @@ def test_a_wrong_term_is_outside_the_budget_however_small_its_weight(planted, wo
     assert row["note"].startswith("" if words is None else f"outside the error budget: {words}")
 
 
+class Crashes(linear_objective.Objective):
+    """As a kernel may with weights that no run before had."""
+
+    def output(self, p):
+        if p.config.lambda_consistency == linear_objective.WEIGHTS["consistency"]:
+            raise RuntimeError("misaligned address")
+        return super().output(p)
+
+
+def test_what_fails_in_the_check_of_its_terms_fails_alone(monkeypatch, tmp_path):
+    with_another(monkeypatch, "linear_objective", operation.Implementation("planted", Crashes("streaming"), own=True))
+    monkeypatch.setattr(measure, "_in_fresh_process", lambda *_: None)
+    arguments = ["linear_objective", "--shapes", "40,16,50", "--dtypes", "bfloat16", "--terms", "all", "--rounds", "1"]
+    arguments += ["--impl", "planted", "naive", "--sweep", "none", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 1
+    rows = rows_of(tmp_path / "linear_objective.csv")
+    assert rows["all", "balora planted"]["note"].endswith("misaligned address")
+    assert not rows["all", "balora planted"]["ms"]
+    assert rows["all", "naive"]["ms"]
+
+
 def right_in_its_first_rows(wrong):
     """Cross-entropy of chunks of 128 rows, with something wrong from row 320 on."""
 

@@ -222,13 +222,15 @@ def test_the_profiled_step_has_the_seconds_of_the_device_and_no_parts():
 
 
 def test_the_seconds_of_the_device_are_its_kernels_and_no_ranges_around_them():
-    def event(device, us, names=False):
-        span = SimpleNamespace(elapsed_us=lambda: us)
+    def event(device, start, end, names=False):
+        span = SimpleNamespace(start=start, end=end)
         return SimpleNamespace(device_type=device, time_range=span, is_user_annotation=names)
 
     cpu, cuda = DeviceType.CPU, DeviceType.CUDA
-    events = [event(cuda, 2e5), event(cuda, 3e5), event(cuda, 5e5, names=True), event(cpu, 9e5)]
+    events = [event(cuda, 4e5, 7e5), event(cuda, 0, 2e5), event(cuda, 0, 7e5, names=True), event(cpu, 0, 9e5)]
     assert training_methods.device_seconds(events) == pytest.approx(0.5)
+    events += [event(cuda, 5e5, 6e5), event(cuda, 6e5, 8e5)]  # of which some overlaps
+    assert training_methods.device_seconds(events) == pytest.approx(0.6)
 
 
 def test_a_profiler_that_fails_leaves_the_step(monkeypatch, capsys):

@@ -121,6 +121,8 @@ def _admitted(
     except Exception as broken:  # a peer's may be anything: another interface, a compiler that is not there
         raise _refused(broken) from broken
     remarks = [_hold(errors, "", implementation.own)]
+    if not implementation.own:
+        torch.compiler.reset()  # else what was compiled for a few rows is compiled again for any number of them
     # A small run's fixed costs do not grow with the rows: only what is far beyond the limit is refused without a run.
     # On a GPU, where no other process can end a run, they are milliseconds.
     far = 2 if harness.ON_GPU and small > 0.1 else 50
@@ -148,10 +150,13 @@ def _admitted(
         of_all = case.errors_of_all(results)
         del results
         of_terms = case.errors_of_terms(function) if implementation.own else {}
-    except (RuntimeError, MemoryError) as broken:
-        if not harness.out_of_memory(broken):
-            raise
+    except Exception as broken:
+        if not harness.out_of_memory(broken):  # balora's own, which runs once more here
+            raise _refused(broken) from broken
         raise Refused(STOPPED, "not checked: the oracle of all rows is out of memory") from broken
+    finally:
+        if harness.ON_GPU:
+            torch.cuda.empty_cache()
     remarks.append(_hold(of_all | of_terms, " of all rows", implementation.own))
     found: Row = {f"error_{name}": error.found for name, error in (errors | of_all | of_terms).items()}
     found["remark"] = "; ".join(filter(None, remarks))

@@ -10,9 +10,10 @@ from .measure import MEASURED, Row, short
 
 LEGEND = (
     "ms: the median of {rounds} rounds, in each of which all run in turns, a short run on a GPU so often that it takes "
-    "5 ms; ±: half the distance of the quartiles; × floor: beside the floor, measured in the same rounds; MiB: peak "
-    "memory beyond inputs and gradients; errors: the largest deviation from float64, as a share of the largest value. "
-    "What is outside the error budget has no figures; a peer within twice the budget has, with a remark."
+    "5 ms, with its inputs in the L2 cache if they fit; ±: half the distance of the quartiles; × floor: beside the "
+    "floor, measured in the same rounds; MiB: peak memory beyond inputs and gradients; errors: the largest deviation "
+    "from float64, as a share of the largest value. What is outside the error budget has no figures; a peer within "
+    "twice the budget has, with a remark."
 )
 _HEADINGS = {
     "terms": "terms",

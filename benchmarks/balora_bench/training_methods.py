@@ -237,10 +237,10 @@ def against_exact(model: Any, rows: list[list[int]]) -> list[dict[str, float]]:
     """The SVD term of a whole step's tokens under the model as it is, with balora and from all eigenvalues."""
     ids = torch.tensor(rows, device=harness.DEVICE)
     os.environ["BALORA_IMPL"] = ""
+    model(input_ids=ids, labels=ids)  # with gradients, as in training
+    ours = attachment(model)[0].balora_last.svd.item()
+    base = model.get_base_model()
     with torch.no_grad():
-        model(input_ids=ids, labels=ids)
-        ours = attachment(model)[0].balora_last.svd.item()
-        base = model.get_base_model()
         hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
     head, cap = base.get_output_embeddings(), getattr(base.config.get_text_config(), "final_logit_softcapping", None)
     return [{"svd": ours}, {"svd": exact_svd(hidden, head.weight, head.bias, cap, int(ALL_TERMS.svd_rank))}]
@@ -343,8 +343,12 @@ class DeviceTime:
 
 def device_seconds(events: Any) -> float:
     """Of a profile's events those on the device, without the ranges that only name several of them."""
-    on_device = (e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation)
-    return sum(e.time_range.elapsed_us() for e in on_device) / 1e6
+    spans = [e.time_range for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    busy, until = 0.0, -math.inf
+    for span in sorted(spans, key=lambda span: span.start):  # what overlaps counts once
+        busy += max(0.0, span.end - max(span.start, until))
+        until = max(until, span.end)
+    return busy / 1e6
 
 
 class Parts:
