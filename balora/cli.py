@@ -250,8 +250,10 @@ def _parsed(parser: Any, argv: list[str]) -> tuple[dict[str, Any], tuple]:
     if rest:
         raise ValueError(f"unknown argument {rest[0]}{_did_you_mean(rest[0], known)}")
     given = {a.dest for a in parser._actions if any(o in known and _given(o, argv) for o in a.option_strings)}
-    values = vars(parser.parse_known_args(both)[0])  # as they were given: TrainingArguments makes others of some
-    asked.update({name: _plain(values[name]) for name in values if name in given})
+    values = {k: v for part in parsed for k, v in vars(part).items()}
+    for name, value in vars(parser.parse_known_args(both)[0]).items():
+        if name in given:  # TrainingArguments makes others of some, which cannot be read back
+            asked[name] = _plain(values[name] if values.get(name) == value else value)
     asked.pop("resume_from_checkpoint", None)  # said of one start, not of the run
     for name in asked.keys() & _NO_OPTIONS.keys():
         raise ValueError(f"{name}: expected no such option ({_NO_OPTIONS[name]}), found {asked[name]!r}")
