@@ -32,7 +32,7 @@ class HeadGram(NamedTuple):
     """G = WᵀW and C, in the accumulation type: C Cᵀ = G, or all of G that X = H M can meet (``head_gram``)."""
 
     gram: Tensor  # [d, d]
-    factor: Tensor  # [d, d], with M [d', d]
+    factor: Tensor  # [d, d], with M [d', d] of such rows [d, d']
 
 
 class SVDTerm(NamedTuple):
@@ -84,7 +84,7 @@ def head_gram(
     """The Gram matrix of a head and its factor: V·d² operations, once for a frozen head.
 
     With an adapter X = [H | s·H Aᵀ | 1] = [H | 1] M has dependent columns, and so have W and B of PiSSA: G is singular,
-    a Cholesky factorization in float32 fails, and the decomposition that takes its place took seconds in every step.
+    a Cholesky factorization in float32 fails, and an eigendecomposition would take its place in every step.
     M G Mᵀ, the Gram matrix of W + s·B A (and the bias), is not. With its factor L, C = G Mᵀ L⁻ᵀ does what a factor of
     G does: Cᵀ(XᵀX)C = Lᵀ([H | 1]ᵀ[H | 1])L, and C x is the same gradient's direction.
 

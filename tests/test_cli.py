@@ -2,7 +2,6 @@
 
 import builtins
 import json
-import os
 import shutil
 import sys
 
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import balora
-from balora import cli, resume, train
+from balora import cli, train
 from balora.adapters import RESIDUAL_BASE
 
 from .architectures import tiny
@@ -23,7 +22,10 @@ from .conftest import TEMPLATE, tiny_checkpoint, tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def write_inputs(folder):
     rows = [{"instruction": f"Count to {i}.", "output": "1 2 3"} for i in range(1, 9)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "bad.jsonl").write_text(json.dumps(rows[0]) + '\n{"instruction": "x"}')
@@ -140,97 +142,6 @@ def test_a_recipe_may_say_no_and_empty_lists(inputs, tmp_path):
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_a_finished_run_is_not_overwritten_and_not_resumed_with_other_adapters(inputs, tmp_path, capsys):
-    values = options(inputs, tmp_path / "run", save_strategy="no")
-    assert cli.main(["train", *flags(values)]) == 0
-    assert cli.main(["train", *flags(values)]) == 2
-    assert "holds the LoRA of an earlier run; name another folder" in capsys.readouterr().err
-    values = options(inputs, tmp_path / "again", save_steps=2)
-    assert cli.main(["train", *flags(values)]) == 0
-    others = {"r": 3, "lora_alpha": 1, "target_modules": "q_proj", "form": "residual", "modules_to_save": "lm_head"}
-    others |= {"exclude_modules": "up_proj"}
-    for name, value in others.items():
-        changed = {**values, name: value, "resume_from_checkpoint": "true"}
-        assert cli.main(["train", *flags(changed)]) == 2
-        assert f"error: {name}: expected " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("report_to", "none"),
-        ("debug", "underflow_overflow"),
-        ("accelerator_config", '{"split_batches": true}'),
-        ("lr_scheduler_kwargs", '{"num_cycles": 2}'),
-        ("warmup_steps", "0.1"),
-        ("lr_scheduler_type", "cosine_with_restarts"),
-        ("svd_rank", "0.3"),
-    ],
-)
-def test_a_kept_recipe_says_what_was_given(inputs, tmp_path, name, value):
-    values = flags({**options(inputs, tmp_path / "run"), name: value})
-    asked, made = cli._train_arguments(train, values)
-    (tmp_path / "recipe.yaml").write_text(resume.recipe_text(asked))
-    again, made_again = cli._train_arguments(train, [str(tmp_path / "recipe.yaml")])
-    assert again == yaml.safe_load(resume.recipe_text(asked))
-    for first, second in zip(made, made_again, strict=True):
-        for field in vars(first):
-            if field not in ("logging_dir", "output_dir", "data", "model"):
-                assert str(getattr(first, field)) == str(getattr(second, field)), field
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_a_run_goes_on_with_its_data_and_its_optimizer(inputs, tmp_path, capsys, monkeypatch):
-    """The Trainer would take the old rate from the checkpoint, and recipe.yaml would hold the new one."""
-    out = tmp_path / "run"
-    values = options(inputs, out, save_steps=2, max_steps=2, learning_rate=1e-2, lr_scheduler_type="constant")
-    assert cli.main(["train", *flags(values)]) == 0
-    before = (out / "recipe.yaml").read_text()
-    shutil.copy(inputs / "rows.jsonl", tmp_path / "others.jsonl")
-    kept = out / "checkpoint-2" / "recipe.yaml"
-    for name, value, expected in [
-        ("learning_rate", 1e-3, "0.01"),
-        ("weight_decay", 0.1, "0.0"),
-        ("adam_beta1", 0.8, "0.9"),
-        ("adam_beta2", 0.9, "0.999"),
-        ("adam_epsilon", 1e-4, "1e-08"),
-        ("optim", "sgd", "adamw_torch"),
-        ("lr_scheduler_type", "reduce_lr_on_plateau", "constant"),
-        ("data", tmp_path / "others.jsonl", inputs / "rows.jsonl"),
-    ]:
-        again = {**values, "max_steps": 4, "eval_data": inputs / "rows.jsonl", "eval_strategy": "steps", name: value}
-        assert cli.main(["train", *flags(again), "--resume_from_checkpoint", "true"]) == 2
-        error = capsys.readouterr().err
-        assert f"error: {name}: expected {expected}" in error
-        assert f", as in {kept}, found {value}" in error
-        assert (out / "recipe.yaml").read_text() == before
-    there = kept.read_text()
-    kept.write_text("")
-    assert cli.main(["train", *flags(values), "--resume_from_checkpoint", "true"]) == 2
-    assert f"resume_from_checkpoint: expected options and their values in {kept}, found None" in capsys.readouterr().err
-    kept.write_text(there)
-    # An edited recipe is no way around it; a shorter run, another log and the same file by another name are no change.
-    recipe = yaml.safe_load(before)
-    (out / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "learning_rate": 1e-3}))
-    resumed = ["--resume_from_checkpoint", "true", "--max_steps", "4", "--logging_steps", "2"]
-    assert cli.main(["train", str(out / "recipe.yaml"), *resumed]) == 2
-    monkeypatch.chdir(inputs)
-    resumed += ["--learning_rate", "1e-2", "--data", "rows.jsonl", "--lr_scheduler_type", "constant_with_warmup"]
-    assert cli.main(["train", str(out / "recipe.yaml"), *resumed]) == 0
-    assert yaml.safe_load((out / "recipe.yaml").read_text())["learning_rate"] == 0.01
-    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 4
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_a_resumed_run_says_what_its_train_loss_counts_and_may_have_fewer_steps(inputs, tmp_path, capsys):
-    values = options(inputs, tmp_path / "run", max_steps=3, save_steps=3)
-    assert cli.main(["train", *flags(values)]) == 0
-    assert "train_loss counts" not in capsys.readouterr().out
-    assert cli.main(["train", *flags({**values, "max_steps": 2}), "--resume_from_checkpoint", "true"]) == 0
-    assert f"train_loss counts the steps after {tmp_path / 'run' / 'checkpoint-3'} only" in capsys.readouterr().out
-
-
 def test_the_help_is_of_this_program(capsys):
     for command in ("train", "compare"):
         with pytest.raises(SystemExit):
@@ -258,34 +169,6 @@ def test_options_of_other_scripts_are_refused(inputs, tmp_path, capsys):
         assert f"error: {name}: expected no such option (" in error
         assert f"), found {value}" in error
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_a_kept_recipe_means_the_same_from_any_folder(inputs, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(inputs)
-    values = options(inputs, "run", model="model", data="rows.jsonl", eval_data="rows.jsonl", save_steps=2, max_steps=2)
-    values |= {"output_dir": os.path.relpath(tmp_path / "run"), "hub_token": "hf_1234"}
-    assert cli.main(["train", *flags(values)]) == 0
-    kept = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
-    assert (kept["model"], kept["output_dir"]) == (str(inputs / "model"), str(tmp_path / "run"))
-    assert kept["data"] == kept["eval_data"] == str(inputs / "rows.jsonl")
-    assert all("hf_1234" not in path.read_text() for path in (tmp_path / "run").rglob("recipe.yaml"))
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    capsys.readouterr()
-    resumed = ["--resume_from_checkpoint", "true", "--max_steps", "3"]
-    assert cli.main(["train", str(tmp_path / "run" / "recipe.yaml"), *resumed]) == 0
-    assert f"resume: from {tmp_path / 'run' / 'checkpoint-2'}\n" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_lora_does_not_go_on_as_dora(inputs, tmp_path, capsys):
-    values = options(inputs, tmp_path / "run", adapter="lora", max_steps=1, save_steps=1)
-    assert cli.main(["train", *flags(values)]) == 0
-    assert cli.main(["train", *flags({**values, "adapter": "dora", "resume_from_checkpoint": "true"})]) == 2
-    error = capsys.readouterr().err
-    assert "adapter: expected 'lora', as in" in error
-    assert "checkpoint-1, found 'dora'" in error
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -338,22 +221,6 @@ def test_all_layers_or_a_pattern(inputs, tmp_path, targets):
     names = load_file(tmp_path / "run" / "lora" / "adapter_model.safetensors").keys()
     assert len(names) == (28 if targets == "all-linear" else 4)
     assert all("hf_1234" not in path.read_text() for path in (tmp_path / "run").rglob("re*"))
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_an_output_folder_that_is_a_file(inputs, tmp_path, capsys):
-    (tmp_path / "run").write_text("mine")
-    assert cli.main(["train", *flags(options(inputs, tmp_path / "run"))]) == 2
-    assert "output_dir: expected a folder, found the file" in capsys.readouterr().err
-    assert (tmp_path / "run").read_text() == "mine"
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_resuming_a_run_that_has_no_checkpoint_starts_it(inputs, tmp_path, capsys):
-    values = options(inputs, tmp_path / "run", save_strategy="no", resume_from_checkpoint="true")
-    assert cli.main(["train", *flags(values)]) == 0
-    assert "resume: no complete checkpoint" in capsys.readouterr().out
-    assert "resume_from_checkpoint" not in yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
 
 
 BAD = {
@@ -467,7 +334,6 @@ def test_info_prints_what_runs_here(capsys):
 
 @pytest.mark.parametrize(("text", "rank"), [("7", 7), ("0.3", 0.3), ("1.0", 1.0), ("1", 1)])
 def test_a_rank_is_a_number_or_a_fraction(inputs, tmp_path, text, rank):
-    from balora import train
 
     asked, parsed = cli._train_arguments(train, flags(options(inputs, tmp_path / "a", svd_rank=text)))
     assert parsed[1].svd_rank == asked["svd_rank"] == rank
