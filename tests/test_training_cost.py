@@ -5,9 +5,10 @@ import json
 import sys
 from types import SimpleNamespace
 
+import balora_bench
 import pytest
 import torch
-from balora_bench import cli, training_cost, training_methods
+from balora_bench import cli, training_cost, training_gate, training_methods
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
 
@@ -28,6 +29,15 @@ TINY = {
     "max_position_embeddings": 64,
 }
 SPEC = dict(model="m", data="", dtype="float32", batch=1, length=8, r=4, checkpointing=False, warm_up=0)
+
+
+def test_without_transformers_it_says_what_it_needs(monkeypatch, capsys):
+    for name in ("training_cost", "training_gate", "training_methods"):
+        monkeypatch.delitem(sys.modules, f"balora_bench.{name}")
+        monkeypatch.delattr(balora_bench, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert cli.main(["training_cost", "llama-2-7b"]) == 2
+    assert "training_cost needs transformers: pip install '.[train]'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a CPU is read from /proc")
@@ -112,7 +122,7 @@ def row(method, changed=None, **more):
 @pytest.mark.parametrize("published", [True, False])
 def test_no_figure_for_a_term_that_is_missing_or_leaves_the_published_one(changed, published):
     others = [row("pissa"), row("published")] if published else [row("pissa")]
-    *_, ours = training_cost.gated([*others, row("balora", changed, seconds=0.5)])
+    *_, ours = training_gate.gated([*others, row("balora", changed, seconds=0.5)])
     assert "seconds" not in ours
     assert "peak_GB" not in ours
     assert f"{next(iter(changed))} " in ours["note"]
@@ -122,17 +132,17 @@ def test_no_figure_for_a_term_that_is_missing_or_leaves_the_published_one(change
 def test_the_published_sketch_may_miss_what_the_exact_svd_term_has():
     sketched = {"svd": -1.5 * 0.87}
     terms = [TERMS | sketched] * 2
-    *_, ours = training_cost.gated([row("published", terms=terms), row("balora")])
+    *_, ours = training_gate.gated([row("published", terms=terms), row("balora")])
     assert ours["seconds"] == 1
     assert ours["apart"]["svd"] == pytest.approx(0.13)
-    *_, ours = training_cost.gated([row("published", terms=terms), row("balora", exact=[TERMS, sketched])])
+    *_, ours = training_gate.gated([row("published", terms=terms), row("balora", exact=[TERMS, sketched])])
     assert "seconds" not in ours
     assert ours["note"] == "away: svd 14.9% from the exact one of a step's tokens (allowed 2.0%)"
 
 
 @pytest.mark.parametrize("key", ["reference", "exact"])
 def test_a_check_that_fails_refuses_the_row_and_says_why(key):
-    *_, ours = training_cost.gated([row("published"), row("balora", **{key: None}, unchecked="memory ended")])
+    *_, ours = training_gate.gated([row("published"), row("balora", **{key: None}, unchecked="memory ended")])
     assert "seconds" not in ours
     assert ours["refused_seconds"] == 1
     assert "svd nan% from" in ours["note"]
@@ -142,7 +152,7 @@ def test_a_check_that_fails_refuses_the_row_and_says_why(key):
 def test_what_is_refused_stays_in_the_csv_alone(tmp_path):
     given = {"model": "m", "data": "", "batch": 4, "length": 8, "r": 4, "checkpointing": False}
     rows = [given | row("pissa"), given | row("published"), given | row("balora", {"svd": -1.3}, seconds=0.5)]
-    rows = training_cost.gated(rows)
+    rows = training_gate.gated(rows)
     training_cost.write(tmp_path / "cost", training_cost.section(rows), rows, {"device": "d"})
     with (tmp_path / "cost.csv").open(encoding="utf-8") as file:
         *_, ours = csv.DictReader(file)
@@ -166,7 +176,7 @@ def test_the_exact_svd_term_is_that_of_the_logits(cap, monkeypatch):
 
 
 def test_no_figure_for_a_loss_without_its_terms():
-    *_, ours = training_cost.gated([row("published"), row("balora", losses=[2.0, 2.0])])
+    *_, ours = training_gate.gated([row("published"), row("balora", losses=[2.0, 2.0])])
     assert "seconds" not in ours
     assert "loss " in ours["note"]
 
@@ -179,7 +189,7 @@ def test_no_figure_for_a_term_that_leaves_the_reference_on_the_same_weights(name
     losses = [training_methods.weighted(t) for t in terms]
     for factor, shown in ((1.005, True), (0.0, False)):
         at_the_end = [TERMS | tiny | {name: (TERMS | tiny)[name] * factor}, TERMS | tiny]
-        *_, ours = training_cost.gated(
+        *_, ours = training_gate.gated(
             [row("published", terms=terms), row("balora", terms=terms, losses=losses, reference=at_the_end)]
         )
         assert ("seconds" in ours) == shown
@@ -259,13 +269,13 @@ def test_a_picture_that_fails_ends_nothing(tmp_path, monkeypatch, capsys):
 def test_terms_that_follow_have_figures_and_ratios():
     near = {"ce": 2.01, "consistency": 0.105, "diversity": -1.98, "svd": -1.54}
     more = dict(seconds=1.5, peak_GB=0.5, reference=[TERMS, TERMS])
-    *_, ours = training_cost.gated([row("pissa"), row("published"), row("balora", near, **more)])
+    *_, ours = training_gate.gated([row("pissa"), row("published"), row("balora", near, **more)])
     assert (ours["x_seconds"], ours["x_peak"]) == (1.5, 0.5)
     assert ours["note"] == ""
 
 
 def test_without_the_published_method_the_table_says_what_the_gate_was():
-    *_, ours = training_cost.gated([row("pissa"), row("balora")])
+    *_, ours = training_gate.gated([row("pissa"), row("balora")])
     assert "balora.reference" in ours["note"]
     assert ours["seconds"] == 1
 

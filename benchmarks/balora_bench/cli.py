@@ -24,8 +24,11 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 1 where an implementation of balora's was outside the error budget or failed, 2 for
     arguments that do not fit, else 0."""
     if argv[:1] == ["training_cost"]:  # of whole models, with options of its own
-        from . import training_cost
-
+        try:
+            from . import training_cost
+        except ModuleNotFoundError as error:
+            print(f"balora bench: error: training_cost needs {error.name}: pip install '.[train]'", file=sys.stderr)
+            return 2
         if os.environ.get("BALORA_IMPL"):
             print("balora bench: error: BALORA_IMPL: expected not to be set for training_cost", file=sys.stderr)
             return 2
@@ -81,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="balora bench",
         description="Time and peak memory of balora's operations and of their peers, beside a floor measured in the "
         "same rounds. Every implementation is first held against the reference in float64: one outside the error "
-        "budget gets no figures, and if it is balora's the exit status is 1. `balora bench training_cost --help`: what "
+        "budget gets no figures (a peer up to twice outside keeps them, with a remark), and if it is balora's the exit "
+        "status is 1. `balora bench training_cost --help`: what "
         "a whole training step costs, of every method.",
         allow_abbrev=False,
     )
