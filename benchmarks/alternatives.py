@@ -11,13 +11,13 @@ from unittest import mock
 
 import torch
 from balora_bench import harness, linear_objective
+from balora_bench.harness import MIB
 from profile_plots import milliseconds
 from torch import Tensor
 
 from balora import rows, streaming
 
 COLUMNS = {"group": "step", "way": "way", "ms": "ms", "spread": "±", "ratio": "× balora's way"}
-MIB = 2**20
 
 
 def measure(n: int, d: int, vocab: int, rounds: int) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """What autocast shows of the first steps: KL and loss of a model in bfloat16, and in float32 on the same weights.
 
-    python benchmarks/first_steps.py ../shared/models/stories15M --data ../shared/data/gsm8k/train.jsonl \\
-        --bases bfloat16 float32 --out benchmarks/results/first-steps
+    python benchmarks/first_steps.py STORIES15M_FOLDER --data gsm8k.jsonl --bases bfloat16 float32 \\
+        --out benchmarks/results/first-steps
 
 Three ways to train on the same batches. "float32": everything, the measure of the others. Under autocast, "apart":
 A and B rounded to bfloat16 by themselves, s·(B(A x) − B₀(A₀ x)), as modules do; "balora": what they have changed is
@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 from balora_bench import harness
+from balora_bench.harness import DEVICE
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,7 +28,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import balora
 from balora.adapters import OffsetVariant, frozen
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, LENGTH = 4, 128
 MEASURED = (1, 2, 4, 8, 16, 32, 64)
 WAYS = ("float32", "apart", "balora")

@@ -1,7 +1,7 @@
 """Where the time of every operation goes, with pictures: the pages' figures of docs/profiles.md.
 
     python benchmarks/profiles.py --out docs/profiles                # all of it, on the CPU or the GPU that is there
-    python benchmarks/profiles.py --only linear_objective --out /tmp/p
+    python benchmarks/profiles.py --only linear_objective --out runs/profiles
     python benchmarks/profiles.py --once                             # on a GPU: each operation once, for Nsight Compute
 
 torch.profiler runs over functions of balora that are named here (``PARTS``): what an operator takes itself belongs to
@@ -27,6 +27,7 @@ import kernel_counts
 import profile_plots
 import torch
 from balora_bench import harness, linear_objective
+from balora_bench.harness import DEVICE, ON_GPU
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -35,8 +36,6 @@ import balora
 from balora import batch, dispatch, head, principal, rows, spectral, streaming
 from balora import functional as F
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 IMPL = "triton" if ON_GPU else "streaming"
 CUDA_BUILT = ON_GPU and not dispatch.why_not("cuda")
 OTHER = "chunks, copies, Python"

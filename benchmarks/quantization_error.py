@@ -1,7 +1,7 @@
 """What NF4 takes from a model, as QLoRA and beside PiSSA adapters: the weights' error, and the model's.
 
-    python benchmarks/quantization_error.py ../shared/models/stories15M SMOLLM2_FOLDER \\
-        --text ../shared/data/wikitext2/valid.txt --out benchmarks/results/quantization-error
+    python benchmarks/quantization_error.py STORIES15M_FOLDER SMOLLM2_FOLDER --text wikitext2.txt \\
+        --out benchmarks/results/quantization-error
 
 QLoRA starts from nf4(W), balora's residual form from nf4(W_res) + s·B₀A₀, with W_res = W − s·B₀A₀ (QPiSSA, arXiv
 2404.02948, which reports the first table's nuclear norms). The linear layers of all blocks are measured, or every
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from balora_bench import harness
+from balora_bench.harness import DEVICE
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,8 +28,6 @@ from balora import principal
 from balora.four_bit import nf4
 from balora.quantized import QuantizationError, quantization_error
 from balora.targets import default_targets, named_by
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
