@@ -82,6 +82,9 @@ def _command(base, required):
 
     class Build(base):
         def build_extensions(self):
+            optional = [extension.optional for extension in self.extensions]
+            for extension in self.extensions:
+                extension.optional = False  # else a compiler's failure goes no further than a warning
             try:
                 super().build_extensions()
             except Exception as error:
@@ -90,6 +93,9 @@ def _command(base, required):
                 for extension in self.extensions:  # of an earlier build
                     Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
                 print(f"balora: without its compiled extension: it could not be built: {error}")
+            finally:
+                for extension, was in zip(self.extensions, optional, strict=True):
+                    extension.optional = was  # then its file may be missing
 
     return Build
 

@@ -59,7 +59,9 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'balora' has no attribute {name!r}")
     module = _import(_LAZY[name] or name)
-    return getattr(module, name) if _LAZY[name] else module
+    found = getattr(module, name) if _LAZY[name] else module
+    globals()[name] = found  # so that it is looked for once
+    return found
 
 
 def _import(module: str) -> Any:

@@ -52,7 +52,27 @@ def _casts_by_itself(module: Any, args: tuple[Any, ...]) -> None:
         module.cast_input_dtype_enabled = wanted
 
 
-class OffsetVariant(LoraVariant):
+class _PiSSAVariant(LoraVariant):
+    """What both forms have in common."""
+
+    def merged(self, module: LoraLayer, adapter: str) -> Tensor:
+        """What merging adds to the weight [out, in], in float64."""
+        raise NotImplementedError
+
+    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return _plus(module, orig_weight, self.merged(module, active_adapter))
+
+    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data.copy_(_plus(module, orig_weight, self.merged(module, active_adapter)))
+
+    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return _plus(module, orig_weight, -self.merged(module, active_adapter))
+
+    def supports_lora_conversion(self) -> bool:
+        return False  # peft would convert s·BA; export_lora converts s·(BA − B₀A₀)
+
+
+class OffsetVariant(_PiSSAVariant):
     """``W x + s·(B(A x) − B₀(A₀ x))``: the bracket by itself, one dropout mask for both."""
 
     @staticmethod
@@ -75,23 +95,11 @@ class OffsetVariant(LoraVariant):
             x = dropout(x.to(dtype))
         return result + OffsetPath.apply(x, down.weight, up.weight, *frozen(module, active_adapter), scaling, dtype)
 
-    @staticmethod
-    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return _plus(module, orig_weight, change(module, active_adapter))
-
-    @staticmethod
-    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        orig_weight.data.copy_(_plus(module, orig_weight, change(module, active_adapter)))
-
-    @staticmethod
-    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return _plus(module, orig_weight, -change(module, active_adapter))
-
-    def supports_lora_conversion(self) -> bool:
-        return False  # peft would convert s·BA; export_lora converts s·(BA − B₀A₀)
+    def merged(self, module: LoraLayer, adapter: str) -> Tensor:
+        return change(module, adapter)
 
 
-class ResidualVariant(LoraVariant):
+class ResidualVariant(_PiSSAVariant):
     """``W_res x + s·B(A x)``, or with ``module.initial_selected`` (``balora.teacher``) ``W_res x + s·B₀(A₀ x)``.
 
     Where A and B are multiplied in a smaller type than their own (autocast), the first is the second and the bracket of
@@ -118,20 +126,8 @@ class ResidualVariant(LoraVariant):
             return result + up(down(x)) * scaling
         return result + ResidualPath.apply(x, down.weight, up.weight, *frozen(module, active_adapter), scaling, dtype)
 
-    @staticmethod
-    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return _plus(module, orig_weight, _trained(module, active_adapter))
-
-    @staticmethod
-    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        orig_weight.data.copy_(_plus(module, orig_weight, _trained(module, active_adapter)))
-
-    @staticmethod
-    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return _plus(module, orig_weight, -_trained(module, active_adapter))
-
-    def supports_lora_conversion(self) -> bool:
-        return False  # peft would convert s·BA; export_lora converts s·(BA − B₀A₀)
+    def merged(self, module: LoraLayer, adapter: str) -> Tensor:
+        return _trained(module, adapter)
 
 
 VARIANTS: dict[str, type[OffsetVariant] | type[ResidualVariant]] = {
@@ -226,16 +222,22 @@ def restore_frozen_factors(model: nn.Module, folder: str | Path) -> None:
 
 
 def warn_of_rounding(model: nn.Module) -> None:
-    """Warn where the factors that are trained, which do not start at 0, are in half precision themselves."""
+    """Warn where what is trained and does not start at 0 is in half precision itself: factors, modules in full."""
     layers: Iterable[Any] = (m for m in model.modules() if form_of(m) is not None)
     types = (layer.lora_A[ADAPTER].weight.dtype for layer in layers if ADAPTER in layer.lora_A)
     half = next((dtype for dtype in types if dtype.itemsize < 4), None)
-    if half is not None:
-        warnings.warn(
-            f"peft_model: its adapters are in {half}, where an update below half a step of an entry is lost, and most "
-            "are; keep A and B in float32 (as get_pissa_model makes them) and train under autocast",
-            stacklevel=1,
-        )
+    in_full = [(n, p.dtype) for n, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in n]
+    name, of_module = next(((n, dtype) for n, dtype in in_full if dtype.itemsize < 4), ("", None))
+    for found, way in (
+        (half and f"its adapters are in {half}", "keep A and B in float32 (as get_pissa_model makes them)"),
+        (of_module and f"{name} is trained in {of_module}", "load the base in float32"),
+    ):
+        if found:
+            warnings.warn(
+                f"peft_model: {found}, where an update below half a step of an entry is lost, and most are; {way} and "
+                "train under autocast",
+                stacklevel=1,
+            )
 
 
 def initial_scaling(module: LoraLayer, adapter: str) -> float:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+IGNORE_INDEX = -100  # the label of a row that does not count
+
 
 def describe(value: Any) -> str:
     """A value as an error message shows it."""
@@ -32,6 +34,14 @@ def check_rank(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a whole number, or a fraction above 0 and up to 1, found {value!r}")
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, found {describe(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, found {value!r}")
+
+
 def check_positive(name: str, value: Any) -> None:
     """Raise unless ``value`` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -46,10 +56,17 @@ def check_normalizer(normalizer: Any) -> None:
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer: expected one number, found {describe(normalizer)}")
     elif normalizer is not None:
-        if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
-            raise TypeError(f"normalizer: expected a number or a tensor of one, found {describe(normalizer)}")
-        if not (math.isfinite(normalizer) and normalizer > 0):
-            raise ValueError(f"normalizer: expected a finite number above 0, found {normalizer!r}")
+        check_positive("normalizer", normalizer)
+
+
+def check_label_range(labels: Tensor, vocab: int) -> None:
+    """Raise unless every label is below ``vocab``; on a device this waits."""
+    if labels.numel() == 0:
+        return
+    low, high = torch.stack(labels.aminmax()).tolist()  # at once
+    if low < 0 or high >= vocab:
+        worst = low if low < 0 else high
+        raise ValueError(f"labels: expected {IGNORE_INDEX} or 0 to {vocab - 1} (the vocabulary), found {worst}")
 
 
 def as_scalar(value: Tensor | float, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -60,10 +60,6 @@ class Labelled:
         number = [names.index(name) for name in self.names or []]
         return replace(self, rows=[replace(row, label=number[int(row.label)]) for row in self.rows], names=list(names))
 
-    def id2label(self) -> dict[int, str] | None:
-        """The names as a model's configuration takes them; None for regression."""
-        return None if self.names is None else dict(enumerate(self.names))
-
     def counts(self) -> list[int]:
         """The number of rows of each class; none for regression."""
         counted = Counter(row.label for row in self.rows)

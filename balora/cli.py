@@ -94,9 +94,10 @@ def _compare(argv: list[str]) -> int:
         )
         parser.description = (
             "Train and measure several methods with the same recipe, data, budget and seeds. A recipe is that of "
-            "`balora train`, whose adapter and seed give way to --methods and --seeds; it may hold the options of this "
-            "command too (sweep: {r: [4, 16]}). Each run is a folder OUTPUT_DIR/METHOD/SEED and a process; finished "
-            "ones are not repeated. The results: table.md, table.csv, results.json and the page compare.html."
+            "`balora train`, with eval_data and a base in full precision; its adapter and seed give way to --methods "
+            "and --seeds, and it may hold the options of this command too (sweep: {r: [4, 16]}). Each run is a folder "
+            "OUTPUT_DIR/METHOD/SEED and a process; finished ones are not repeated. The results: table.md, table.csv, "
+            "results.json and the page compare.html."
         )
         parser.add_argument(
             "--sweep",

@@ -121,7 +121,8 @@ def plan(
             been trained or written then.
     """
     folder = Path(asked["output_dir"])
-    kept = {k: v for k, v in asked.items() if k not in ("output_dir", "adapter", "seed")}
+    # A token of the hub is for nothing that a run does, and must stand neither in its files nor on the page.
+    kept = {k: v for k, v in asked.items() if k not in ("output_dir", "adapter", "seed") and not k.endswith("_token")}
     run, config, _ = parse(kept)
     _check_arguments(arguments, run, config)
     options = {}

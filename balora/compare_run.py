@@ -41,8 +41,12 @@ def write(path: Path, content: Any) -> None:
     """A file that is there whole or not at all: text as it is, anything else as JSON."""
     text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _check_parent(parent: int) -> None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from .checks import check_rank, check_whole
+from .checks import check_number, check_rank, check_whole
 
 _CHOICES = {
     "task": ("nlg", "nlu"),
@@ -18,8 +18,8 @@ _CHOICES = {
     "focus_schedule": ("two_phase", "constant"),
 }
 _CONSTANT = {"consistency_schedule": "constant", "focus_schedule": "constant"}
-# λ and k as the 2024 paper prints them. The text of the 2025 paper that is at hand lost those of its NLU experiments:
-# nlu_2025 takes the 2024 values, which is a choice of this package and not of that paper.
+# λ and k as the 2024 paper prints them. The copy of the 2025 paper that this was made from lacks those of its NLU
+# experiments: nlu_2025 takes the 2024 values, which is a choice of this package and not of that paper.
 _NLU = {
     "task": "nlu",
     "lambda_consistency": 1e-4,
@@ -129,7 +129,7 @@ class BALoraConfig:
                 f"found {self.teacher_head!r}"
             )
         for name in ("lambda_consistency", "lambda_diversity", "lambda_svd", "temperature", "svd_variance"):
-            _check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name))
         for name in ("lambda_consistency", "lambda_diversity", "lambda_svd"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a weight of at least 0, found {getattr(self, name)!r}")
@@ -138,7 +138,7 @@ class BALoraConfig:
         check_whole("entropy_top_k", self.entropy_top_k)
         check_rank("svd_rank", self.svd_rank)
         for name in ("focus_warmup", "focus_ramp"):
-            _check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name))
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share between 0 and 1, found {getattr(self, name)!r}")
 
@@ -149,7 +149,7 @@ class BALoraConfig:
         ``"nlg_2025"``: the defaults. ``"nlg_2024"``: KL without temperature, the entropy of the whole vocabulary, the
         share of the nuclear norm, k 30 % of the singular values (2024 paper, eq. 10 to 12). ``"nlu_2024"``: normalized
         mean squared error, covariance, the share of the nuclear norm (eq. 5 to 8). ``"nlu_2025"``: the same with KL at
-        T = 2; its λ and k are those of 2024 (the text of the 2025 paper that is at hand lost its own).
+        T = 2; its λ and k are those of 2024 (the copy of the 2025 paper that this was made from lacks its own).
         """
         if name not in _PRESETS:
             raise ValueError(f"preset: expected {' or '.join(map(repr, _PRESETS))}, found {name!r}")
@@ -194,10 +194,3 @@ def rank_of(value: float, count: int) -> int:
     if isinstance(value, float):
         value = max(1, math.ceil(value * count - 1e-9))  # 0.07 · 100 is 7.000000000000001
     return min(int(value), count)
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, found {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, found {value!r}")

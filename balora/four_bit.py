@@ -68,7 +68,9 @@ def nf4(weight: Tensor, double_quant: bool = False) -> Tensor:
     """What NF4 keeps of a weight [out, in]: quantized in blocks of 64, as in a ``Linear4bit``, and dequantized."""
     from bitsandbytes.functional import quantize_4bit
 
-    packed, state = quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=double_quant, quant_type="nf4")
+    packed, state = quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK, compress_statistics=double_quant, quant_type="nf4"
+    )
     return _dequantized(packed, state)
 
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from . import dispatch, fused, operators, reference, spectral, streaming
-from .checks import as_scalar, check_normalizer, check_whole, describe
+from .checks import IGNORE_INDEX, as_scalar, check_label_range, check_normalizer, check_whole, describe
 from .config import BALoraConfig, rank_of
 from .head import LinearHead
 from .losses import consistency_loss, covariance_loss, diversity_loss, svd_loss
-from .objective import IGNORE_INDEX, BALoraOutput, check_label_range, logits_objective, regression_objective
+from .objective import BALoraOutput, logits_objective, regression_objective
 from .precision import float32_products
 
 __all__ = [

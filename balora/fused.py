@@ -1,14 +1,14 @@
 """The objective and the losses on logits with the Triton kernels of ``balora_kernels``.
 
 The twin of ``streaming``: the same terms and gradients, but a chunk is as large as a byte budget allows, its logits are
-products on tensor cores with float32 results, and three kernels turn it into terms and, in place of the difference
-logits, into the gradient.
+products on tensor cores with float32 results, and kernels turn it into terms and, in place of the difference logits,
+into the gradient.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -330,6 +330,7 @@ def _lift(bound: float) -> float:
 
 
 def _never_waits(tensor: Tensor) -> bool:
+    """Whether nothing may wait for a device. Tests take a device's ways on a CPU with it."""
     return tensor.is_cuda
 
 
@@ -343,26 +344,10 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
     """total += alpha · a b with half precision operands. a [m, k], b [k, n], total [m, n] float32."""
-    if a.is_cuda and _adds_products(a.dtype):
+    if a.is_cuda:
         torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, beta=1, alpha=alpha, out=total)
-        return
-    step = max(1, 2**24 // b.shape[1])
-    for start in range(0, len(a), step):
-        part = a[start : start + step]
-        found = total.new_empty(len(part), b.shape[1])
-        product(part, b, found)
-        total[start : start + step].add_(found, alpha=alpha)
-
-
-@cache
-def _adds_products(dtype: torch.dtype) -> bool:
-    """Whether this torch adds such a product to a float32 matrix; older ones want that in half precision too."""
-    a, total = torch.zeros(16, 16, dtype=dtype, device="cuda"), torch.zeros(16, 16, device="cuda")
-    try:
-        torch.ops.aten.addmm.dtype_out(total, a, a, torch.float32, beta=1, alpha=1, out=total)
-    except RuntimeError:
-        return False
-    return True
+    else:
+        total.addmm_(a.float(), b.float(), alpha=alpha)
 
 
 def _times_weight(g: Tensor, weight: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import spectral
-from .checks import describe
+from .checks import check_number, describe
 from .precision import bfloat16_products
 
 _KEYS = itertools.count()
@@ -60,12 +59,12 @@ class LinearHead:
             rank = a.shape[0] if isinstance(a, Tensor) and a.dim() == 2 else "r"
             self._check_tensor("lora: A", a, weight, (rank, d))
             self._check_tensor("lora: B", b, weight, (vocab, rank))
-            self._check_number("lora: scaling", scaling)
+            check_number("lora: scaling", scaling)
         if softcap is not None:
-            self._check_number("softcap", softcap)
+            check_number("softcap", softcap)
             if softcap <= 0:
                 raise ValueError(f"softcap: expected a number above 0 or None, found {softcap!r}")
-        self._check_number("scale", scale)
+        check_number("scale", scale)
         self.weight, self.bias, self.softcap, self.scale, self.lora = weight, bias, softcap, float(scale), lora
         self.key = next(_KEYS)
         _HEADS[self.key] = self
@@ -82,11 +81,6 @@ class LinearHead:
             raise ValueError(f"{name}: expected weight's device {weight.device}, found {value.device}")
         if (value.dtype == torch.float64) != (weight.dtype == torch.float64):
             raise TypeError(f"{name}: the weight is {weight.dtype}, found {value.dtype}; float64 does not mix")
-
-    @staticmethod
-    def _check_number(name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name}: expected a finite number, found {value!r}")
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:

@@ -293,7 +293,7 @@ def _choose(operation: str, impl: str, logits: Tensor, top_k: int = 1) -> str:
     if logits.dtype == torch.float64:
         limit = "its arithmetic is float32, the logits are float64"
     elif top_k > fused.TOP_K_MAX:
-        limit = f"top_k is {top_k}, it has {fused.TOP_K_MAX} at most"
+        limit = f"of top_k and V the smaller is {top_k}, it has {fused.TOP_K_MAX} at most"
     return dispatch.choose(operation, impl, logits.device, {"triton": limit})
 
 

@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import losses
-from .checks import as_scalar, check_normalizer, describe
+from .checks import IGNORE_INDEX, as_scalar, check_label_range, check_normalizer, describe
 from .config import BALoraConfig
-
-IGNORE_INDEX = -100
 
 
 class BALoraOutput(NamedTuple):
@@ -176,13 +174,3 @@ def regression_objective(
             loss = ce + config.lambda_consistency * consistency
             consistency = consistency.detach()
     return BALoraOutput(loss, ce.detach(), consistency, None, None, as_scalar(m, z.device, torch.int64))
-
-
-def check_label_range(labels: Tensor, vocab: int) -> None:
-    """Raise unless every label is below ``vocab``; on a device this waits."""
-    if labels.numel() == 0:
-        return
-    low, high = torch.stack(labels.aminmax()).tolist()  # at once
-    if low < 0 or high >= vocab:
-        worst = low if low < 0 else high
-        raise ValueError(f"labels: expected {IGNORE_INDEX} or 0 to {vocab - 1} (the vocabulary), found {worst}")

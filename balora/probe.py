@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import functional, reference
 from .config import BALoraConfig
 from .modeling import attachment
-from .output_layer import heads_of
+from .output_layer import decoder_of, heads_of
 from .pissa import evaluating, teacher
 
 TOKENS = 256  # that are measured, at most
@@ -90,7 +90,8 @@ class Probe:
 
     def _hidden(self) -> Tensor:
         """The last hidden state of the tokens that are scored, [N, d]."""
-        decoder = self.base.base_model
+        decoder = decoder_of(self.base)
+        assert decoder is not None  # else attach would not have found the head
         # Row by row: without padding, and in little memory.
         return torch.cat([self._scored(decoder, row, "last_hidden_state") for row in self.rows])
 

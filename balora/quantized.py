@@ -94,7 +94,9 @@ def quantization_error(
         found.append((lost.norm().item(), torch.linalg.svdvals(lost).sum().item()))
     whole, whole_nuclear = weight.float().norm().item(), torch.linalg.svdvals(weight.float()).sum().item()
     (plain, plain_nuclear), (rest, rest_nuclear) = found
-    relative = (plain / whole, rest / whole, plain_nuclear / whole_nuclear, rest_nuclear / whole_nuclear)
+    relative = (0.0,) * 4  # of a zero matrix nothing is lost
+    if whole > 0:
+        relative = (plain / whole, rest / whole, plain_nuclear / whole_nuclear, rest_nuclear / whole_nuclear)
     return QuantizationError(name, (weight.shape[0], weight.shape[1]), rank, *relative)
 
 

@@ -25,7 +25,6 @@ from . import __version__, dispatch
 from .modeling import attachment
 from .page import Run, render
 from .probe import ROWS, Measured, Probe
-from .sharding import numel
 
 _WAIT = 10.0  # seconds between two drawings, at least
 _DRAWING = 0.01  # of the time, at most, spent on drawing
@@ -107,8 +106,7 @@ class ReportCallback(TrainerCallback):
         about = dict(
             self._about or {"Model": str(getattr(self._base.config, "name_or_path", "") or type(self._base).__name__)}
         )
-        trained = sum(numel(p) for p in model.parameters() if p.requires_grad)
-        total = sum(map(numel, model.parameters()))
+        trained, total = model.get_nb_trainable_parameters()  # of packed and of partitioned weights too
         about["Trained parameters"] = f"{trained:,} of {total:,} ({trained / max(total, 1):.2%})"
         about["Implementation"] = _implementation(args.device)
         about["Versions"] = f"balora {__version__}, " + ", ".join(map(_package, ("torch", "transformers", "peft")))

@@ -11,7 +11,7 @@ import yaml
 from transformers import TrainingArguments
 
 from . import checkpoints, tasks
-from .adapters import checkpoint_form
+from .adapters import ADAPTER, checkpoint_form
 from .sources import located
 
 RECIPE = "recipe.yaml"
@@ -107,7 +107,7 @@ def check_adapters(model: Any, form: str | None, checkpoint: str) -> None:
     if made != form:
         name = "form" if made and form else "adapter"
         raise ValueError(f"{name}: expected {made or 'no PiSSA'!r}, as in {checkpoint}, found {form or 'no PiSSA'!r}")
-    now = model.peft_config["default"].to_dict()
+    now = model.peft_config[ADAPTER].to_dict()
     then = json.loads((Path(checkpoint) / "adapter_config.json").read_text())
     if now["use_dora"] != then["use_dora"]:
         asked, found = ("dora" if x["use_dora"] else "lora" for x in (then, now))

@@ -27,11 +27,6 @@ def sharded(model: nn.Module) -> bool:
     return any(partitioned(p) or hasattr(p, "full_tensor") for p in model.parameters())
 
 
-def numel(parameter: Tensor) -> int:
-    """The number of elements over all processes."""
-    return getattr(parameter, "ds_numel", parameter.numel())
-
-
 def check_weights_whole(model: nn.Module) -> None:
     """Raise where FSDP has taken the weights already, or will fill those of other processes only later.
 

@@ -27,7 +27,7 @@ from .pissa import get_pissa_model, principal_errors
 from .resume import CLASSES, LORA, RECIPE
 from .sharding import sharded
 from .sources import not_loaded
-from .targets import as_named, check_any_hit, default_targets
+from .targets import as_named, check_any_hit, check_hits, default_targets
 from .tokenized import Tokenized
 from .trainer import BALoraTrainer
 
@@ -230,6 +230,8 @@ def _adapted(model: Any, run: RunArguments, trained_in_full: list[str]) -> peft.
     if targets is None:
         targets = default_targets(model)
     check_any_hit(model, targets)
+    for argument in ("exclude_modules", "modules_to_save"):
+        check_hits(model, argument, options[argument])
     task_type = "SEQ_CLS"
     if model.can_generate():
         task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"

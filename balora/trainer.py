@@ -26,7 +26,6 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
-from transformers.utils import is_accelerate_available
 
 from .adapters import (
     ADAPTER,
@@ -65,12 +64,16 @@ class BALoraCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self._step: dict[str, torch.Tensor] = {}  # sums over the micro-batches of the running step
         self._micro_batches = 0
         self._checked = False  # that every trained tensor gets a gradient
         self._since_log: dict[str, tuple[torch.Tensor, int]] = {}  # sums over steps, number of steps
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._begin()  # an earlier run may have ended between two logs, or within a step
         check_engine(model)
         base: Any = attachment(model)[0]
         base.balora_last = None  # of an earlier run
@@ -200,10 +203,7 @@ class BALoraMixin:
         alone = all(p in own for p in model.parameters() if p.requires_grad)
         types = {p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad}
         bf16 = policy is not None and policy.param_dtype == torch.bfloat16 and types == {torch.bfloat16}
-        leaves_base = is_accelerate_available("1.13")  # before, it makes frozen weights float32 too
-        plugin.mixed_precision_policy = (
-            MixedPrecisionPolicy(reduce_dtype=torch.float32) if bf16 and alone and leaves_base else policy
-        )
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32) if bf16 and alone else policy
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]

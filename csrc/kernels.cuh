@@ -3,6 +3,8 @@
 // to 64, zero from its length on. So both products read it along the index that they sum over.
 #pragma once
 
+#include <type_traits>
+
 #include "randomized_svd.h"
 
 namespace balora {
@@ -45,10 +47,9 @@ cudaError_t with_type(Type type, F f) {
   return cudaErrorInvalidValue;
 }
 
-// What tensor cores take of a panel: of half precision two parts, high and low, of float the panel itself.
-inline int parts(Type type) { return type == Type::float32 ? 1 : 2; }
 inline int item_size(Type type) { return type == Type::float32 ? 4 : 2; }
-// fp16 has few exponents: its parts are of the panel times 4096.
+// Tensor cores take a panel of half precision in two parts, high and low. fp16 has few exponents: its parts are of the
+// panel times 4096.
 template <class T>
 __device__ __host__ constexpr float part_scale() {
   return 1.0f;

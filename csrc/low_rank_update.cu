@@ -1,6 +1,5 @@
 // out = multiple Z + U diag(weights) Vh: the gradient of a ratio of singular values to the norm, written in the one pass
 // over Z that it takes.
-#include <type_traits>
 
 #include "kernels.cuh"
 

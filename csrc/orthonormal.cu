@@ -5,7 +5,6 @@
 // A column that depends on those before it, up to the rounding of the products that made it, is replaced by random
 // numbers: a sketch of a matrix of low rank has such columns, and U and V must be orthonormal all the same. The next
 // pass makes the replacement orthogonal to the others. A panel with an entry that is not finite becomes NaN.
-#include <type_traits>
 
 #include "kernels.cuh"
 #include "random.cuh"

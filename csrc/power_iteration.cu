@@ -4,7 +4,6 @@
 // A block takes tiles of 64 columns of A, all rows: P = tileᵀ Q, and Y += tile P, both from shared memory, while the
 // next tile is on its way. P is not made orthonormal in between; its columns keep their precision one by one, which is
 // all that the factorization of Y asks for. A power of two near 1/||A|| keeps Y in the range that A has.
-#include <type_traits>
 
 #include "kernels.cuh"
 

@@ -4,7 +4,6 @@
 //
 // X has the precision of float: of half-precision A two parts of X are multiplied, of float A three products of tf32
 // parts are summed.
-#include <type_traits>
 
 #include "kernels.cuh"
 #include "random.cuh"

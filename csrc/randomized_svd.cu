@@ -1,5 +1,4 @@
 // The order of the steps, and the memory between them.
-#include <type_traits>
 
 #include "kernels.cuh"
 
@@ -37,7 +36,7 @@ struct Buffers {
   int64_t row_grams, column_grams, once, used;  // once: the slices of A (Aᵀ Q) in one reading
   float *q, *p, *partial;  // Q [batch, L, m], P [batch, L, n]; the slices of a product
   char* operand;
-  double *grams, *sums, *squares, *lower, *polish, *inverse, *left, *right;
+  double *grams, *sums, *lower, *polish, *inverse, *left, *right;
 
   Buffers(const Matrices& a, int width, int64_t batch, void* memory)
       : rows(cut(a, false, batch)), columns(cut(a, true, batch)), of_rows(a.m), of_columns(a.n), L(rows_of(width)) {
@@ -55,7 +54,6 @@ struct Buffers {
     operand = a.type == Type::float32 ? nullptr : free.take<char>(4 * each * longest);
     grams = free.take<double>(each * L * (row_grams > column_grams ? row_grams : column_grams));
     sums = free.take<double>(batch * rows.tiles * rows.slices);
-    squares = free.take<double>(batch);
     lower = free.take<double>(small);
     polish = free.take<double>(small);
     inverse = free.take<double>(small);
@@ -105,7 +103,6 @@ struct Run {
   }
 
   void matrices(Buffers& b, int64_t first, int64_t batch, float* u, float* s, float* vh, double* squares) {
-    if (squares == nullptr) squares = b.squares;
     good(sketch(a, first, batch, b.L, b.rows, seed, b.partial, b.sums, squares, stream));
     orthonormalize(b, b.q, b.of_rows, batch, b.rows.slices, 1.0f, b.lower);
     for (int i = 0; i < n_iter; ++i) {
@@ -151,7 +148,7 @@ cudaError_t randomized_svd(const Matrices& a, int k, int width, int n_iter, uint
   for (int64_t first = 0; first < a.batch && run.error == cudaSuccess; first += step) {
     const int64_t batch = first + step < a.batch ? step : a.batch - first;
     run.matrices(buffers, first, batch, u + first * a.m * k, s + first * k, vh + first * k * a.n,
-                 squares == nullptr ? nullptr : squares + first);
+                 squares + first);
   }
   return run.error;
 }

@@ -30,8 +30,8 @@ int64_t least_workspace_bytes(const Matrices& a, int width);
 
 // The k leading singular triplets, A ~ U diag(S) Vh, from a sketch of `width` columns and n_iter power iterations
 // (Halko, Martinsson and Tropp, 2011, algorithms 4.4 and 5.1), 1 <= k <= width <= min(m, n, LARGEST_WIDTH):
-// u [batch, m, k], s [batch, k], vh [batch, k, n], squares [batch] = ||A||_F^2 (may be null), NaN where it is not finite. workspace: 256-byte
-// aligned.
+// u [batch, m, k], s [batch, k], vh [batch, k, n], squares [batch] = ||A||_F^2, NaN where it is not finite. workspace:
+// 256-byte aligned.
 cudaError_t randomized_svd(const Matrices& a, int k, int width, int n_iter, uint64_t seed, float* u, float* s,
                            float* vh, double* squares, void* workspace, int64_t bytes, cudaStream_t stream);
 

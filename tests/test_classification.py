@@ -50,7 +50,6 @@ def test_kinds_of_labels(tmp_path, case):
     assert found.names == names
     assert [row.label for row in found.rows] == numbers
     assert [type(row.label) for row in found.rows] == [type(number) for number in numbers]
-    assert found.id2label() == (None if names is None else dict(enumerate(names)))
 
 
 def test_the_classes_of_a_class_label_keep_their_names_and_order(tmp_path, monkeypatch):

@@ -245,6 +245,14 @@ BAD = {
         dict(modules_to_save="lm_haed"),
         "modules_to_save: expected modules of the model, found",
     ),
+    "modules to save of a LoRA": (
+        dict(modules_to_save="lm_haed", adapter="lora"),
+        "modules_to_save: expected modules of the model, found 'lm_haed', which names none",
+    ),
+    "exclude modules of a LoRA": (
+        dict(exclude_modules="v_porj", adapter="dora"),
+        "exclude_modules: expected modules of the model, found 'v_porj', which names none",
+    ),
     "dropout": (dict(lora_dropout=1), "lora_dropout: expected at least 0 and below 1, found 1"),
     "dtype": (dict(dtype="int8"), "dtype: expected auto, float32, bfloat16 or float16, found 'int8'"),
     "max_length": (dict(max_length=1), "max_length: expected at least 2 tokens, found 1"),

@@ -49,7 +49,7 @@ def compared(inputs, tmp_path_factory):
     out = tmp_path_factory.mktemp("compared")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # of the processes of the runs
-        assert cli.main(arguments(inputs, out)) == 0
+        assert cli.main(arguments(inputs, out, hub_token="hf_1234")) == 0
     return out
 
 
@@ -104,6 +104,12 @@ def test_the_methods_are_the_same_recipe_with_other_adapters_and_weights(compare
     config = json.loads((compared / "lora" / "1" / "lora" / "adapter_config.json").read_text())
     assert config["r"] == 4  # the export of PiSSA has twice the rank
     assert not list(compared.rglob("checkpoint-*"))
+
+
+def test_a_token_of_the_hub_is_in_no_file(compared):
+    texts = [path for path in compared.rglob("*") if path.suffix in (".json", ".yaml", ".html", ".md", ".txt", ".csv")]
+    assert len(texts) > 20
+    assert all("hf_1234" not in path.read_text() for path in texts)
 
 
 def test_each_seed_is_another_run(compared):

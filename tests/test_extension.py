@@ -7,6 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from setuptools import Distribution, Extension
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 from balora import dispatch, spectral
 from balora import functional as F
@@ -392,19 +395,26 @@ def test_architectures_for_which_the_kernels_do_not_compile_are_dropped(build, c
         assert build.supported(asked) == ""
 
 
-def test_a_compiler_that_fails(build, tmp_path, capsys):
-    class Fails:
-        extensions = (SimpleNamespace(name="balora._C"),)
-
+@pytest.mark.parametrize("error", [RuntimeError, CompileError])  # ninja's, and what setuptools passes over
+def test_a_compiler_that_fails(build, tmp_path, capsys, error):
+    class Fails(build_ext):
         def get_ext_fullpath(self, name):
             return str(tmp_path / "_C.so")
 
-        def build_extensions(self):
-            raise RuntimeError("no compiler")
+        def build_extension(self, extension):
+            raise error("no compiler")
+
+    def command(required):
+        extension = Extension("balora._C", [], optional=not required)
+        found = build._command(Fails, required)(Distribution({"ext_modules": [extension]}))
+        found.extensions = [extension]
+        return found
 
     (tmp_path / "_C.so").touch()
-    with pytest.raises(RuntimeError, match="no compiler"):
-        build._command(Fails, required=True)().build_extensions()
-    build._command(Fails, required=False)().build_extensions()
+    with pytest.raises(error, match="no compiler"):
+        command(required=True).build_extensions()
+    optional = command(required=False)
+    optional.build_extensions()
     assert "without its compiled extension: it could not be built: no compiler" in capsys.readouterr().out
     assert not (tmp_path / "_C.so").exists()
+    assert optional.extensions[0].optional  # its file is not asked for

@@ -284,6 +284,9 @@ def test_torch_compile_of_the_objective(impl):
         grads = torch.autograd.grad(2 * found.loss, (h, weight))
         torch.testing.assert_close(tuple(found), tuple(expected))
         torch.testing.assert_close(grads, tuple(2 * g for g in expected_grads))
+    for wrong in (-1, 70):
+        with pytest.raises(ValueError, match=f"labels: expected -100 or 0 to 69 .*found {wrong}"):
+            compiled(hidden, teacher, torch.where(labels == labels.max(), wrong, labels), ALL)
 
 
 def test_the_objective_stays_out_of_graphs_that_torch_compile_captures():

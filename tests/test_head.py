@@ -387,7 +387,7 @@ BAD = {
         "bias: expected weight's device cpu, found meta",
     ),
     "softcap zero": (dict(softcap=0.0), ValueError, "softcap: expected a number above 0 or None, found 0.0"),
-    "softcap text": (dict(softcap="30"), ValueError, "softcap: expected a finite number, found '30'"),
+    "softcap text": (dict(softcap="30"), TypeError, "softcap: expected a number, found '30' of type str"),
     "scale": (dict(scale=float("nan")), ValueError, "scale: expected a finite number, found nan"),
     "lora": (dict(lora=(W, W)), TypeError, r"lora: expected \(A, B, scaling\)"),
     "lora A": (
@@ -403,8 +403,8 @@ BAD = {
     ),
     "lora scaling": (
         dict(lora=(torch.ones(2, 3), torch.ones(5, 2), None)),
-        ValueError,
-        "lora: scaling: expected a fin",
+        TypeError,
+        "lora: scaling: expected a number, found None",
     ),
 }
 

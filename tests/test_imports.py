@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "spectral": {"torch", "balora.precision"},
     "batch": {"torch", "balora.spectral"},
     "head": {"torch", "balora.checks", "balora.precision", "balora.spectral"},
-    "operators": {"torch", "balora.config", "balora.fused", "balora.head", "balora.streaming"},
+    "operators": {"torch", "balora.checks", "balora.config", "balora.fused", "balora.head", "balora.streaming"},
     "fused": {
         "torch",
         "balora_kernels",
@@ -195,7 +195,6 @@ MAY_IMPORT = {
         "balora.modeling",
         "balora.page",
         "balora.probe",
-        "balora.sharding",
     },
     "trainer": {"torch", "transformers", "balora.adapters", "balora.functional", "balora.modeling", "balora.sharding"},
     "resume": {

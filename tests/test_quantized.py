@@ -1,6 +1,7 @@
 """4-bit bases on the CPU: what the layers compute, the two forms, the folder of ``balora quantize``, and its LoRAs."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,13 @@ def test_nf4_is_that_of_the_paper(shape, dtype):
     torch.testing.assert_close(found.double(), by_hand(weight), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     once = norm(weight - found)
     assert once != norm(weight - four_bit.nf4(weight, double_quant=True)) < 1.1 * once
+
+
+def test_of_a_zero_matrix_nothing_is_lost():
+    zero = torch.zeros(8, 64)
+    found = quantized.quantization_error("layer", zero, zero, 2)
+    assert (found.plain, found.residual, found.plain_nuclear, found.residual_nuclear) == (0, 0, 0, 0)
+    assert "none" in quantized.summary([found])
 
 
 def test_a_width_that_the_cpu_computes_wrongly_is_refused(tmp_path):
@@ -429,6 +437,8 @@ def test_quantize_and_train_by_the_command_line(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "the adapters hold" in printed
     assert "lora_pretrained: the same for" in printed
+    trained, total = re.search("model: (.*) trained parameters of (.*)", printed).groups()
+    assert f"{trained} of {total} (" in (out / "report.html").read_text()
     assert peft.LoraConfig.from_pretrained(out / "lora").r == 4
     assert peft.LoraConfig.from_pretrained(out / "lora_pretrained").r == 8
     whole = load_file(out / "lora" / "adapter_model.safetensors")

@@ -361,6 +361,29 @@ def test_adapters_in_half_precision_are_told(tmp_path, when):
         BALoraTrainer(model, arguments, train_dataset=examples()).train()
 
 
+def test_a_module_that_is_trained_in_half_precision_is_told():
+    model = balora.get_pissa_model(tiny_llama(dtype=torch.bfloat16), r=4, modules_to_save=["lm_head"])
+    expected = r"lm_head\.modules_to_save\.default\.weight is trained in torch\.bfloat16, where an update below half"
+    with pytest.warns(UserWarning, match=expected):
+        balora.attach(model, CONFIG)
+
+
+def test_a_second_run_begins_with_empty_sums(tmp_path):
+    """What an earlier run added since its last log, or in a step that it did not finish, is in none of the next's."""
+    model = balora.attach(balora.get_pissa_model(tiny_llama(), r=4), CONFIG)
+    options = dict(use_cpu=True, disable_tqdm=True, save_strategy="no", learning_rate=0.0, seed=0)
+    arguments = TrainingArguments(str(tmp_path), max_steps=3, logging_steps=2, **options)
+    trainer = BALoraTrainer(model, arguments, train_dataset=examples())
+    ours = next(c for c in trainer.callback_handler.callbacks if isinstance(c, BALoraCallback))
+    found = []
+    for _ in range(2):
+        trainer.train()
+        ours.on_substep_end(arguments, trainer.state, trainer.control, model=model)  # it was stopped within a step
+        found.append([log["ce"] for log in trainer.state.log_history if "ce" in log])
+    assert len(found[0]) == 1
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
 def test_adapters_in_float32_on_a_half_precision_base_are_not_told(recwarn):
     balora.attach(balora.get_pissa_model(tiny_llama(dtype=torch.bfloat16), r=4), CONFIG)
     assert not [w for w in recwarn if "half a step" in str(w.message)]

@@ -109,9 +109,10 @@ def gradient(
     """out = out_scale·scale·the gradient of CE + strength·T·KL + λ₂·(−H) by the student's scale·(values + bias).
 
     Each logit is read once. A row that is not valid becomes 0. out has the shape of the logits, any type and strides;
-    it may be the values of the teacher or of the student themselves. scale [] float32; the others as in ``forward``,
-    where padded is said of out too: it is written up to there.
+    it may be the values of the teacher or of the student themselves. scale [] float32, not beside λ₂, whose kernel does
+    not take it; the others as in ``forward``, where padded is said of out too: it is written up to there.
     """
+    assert scale is None or lambda_diversity == 0
     z = student.values
     n, vocab = z.numel() // z.shape[-1], z.shape[-1]
     if n == 0:
