@@ -253,7 +253,12 @@ def factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 def side_by_side(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, s: float, s0: float) -> tuple[Tensor, Tensor]:
-    """left [out, 2r], right [2r, in] in float64 with left·right = s·BA − s₀·B₀A₀."""
+    """left [out, 2r], right [2r, in] in float64 with left·right = s·BA − s₀·B₀A₀.
+
+    Where A and B have been rounded to a smaller type, A₀ and B₀ are too, as in the layer's forward.
+    """
+    if torch.promote_types(a.dtype, a0.dtype) != a.dtype:
+        a0, b0 = a0.to(a.dtype), b0.to(b.dtype)
     left = [b.double() * s, -b0.double() * s0]
     return torch.cat(left, dim=1), torch.cat([a.double(), a0.double()], dim=0)
 

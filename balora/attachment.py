@@ -87,6 +87,15 @@ def by_name(function: Callable[..., Any], self: Any, args: tuple, kwargs: dict[s
     return arguments
 
 
+def check_no_cache(arguments: dict[str, Any], config: BALoraConfig) -> None:
+    """Raise where the teacher's pass would add its keys and values to a cache that the student then reads."""
+    if arguments.get("past_key_values") is not None and config.lambda_consistency != 0:
+        raise ValueError(
+            f"past_key_values: expected none in training with lambda_consistency={config.lambda_consistency}, whose "
+            f"teacher would share them; found {type(arguments['past_key_values']).__name__}"
+        )
+
+
 def at_least_one(normalizer: Any, device: torch.device) -> Tensor | None:
     """The number of items in the batch as the objective takes it; of an empty batch 1."""
     return None if normalizer is None else torch.as_tensor(normalizer, device=device).clamp_min(1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import spectral
 
 _TILE_BYTES = 16 * 2**20
+_SMALL = 2**26  # operations; below it all decompositions are direct ones
 
 
 class BatchTerms(NamedTuple):
@@ -50,7 +51,10 @@ class Batch:
     ) -> None:
         self.n, self.vocab = shape
         self.by_columns = self.vocab > self.n  # tiles of columns, M = Z Zᵀ; else tiles of rows, M = Zᵀ Z
-        self.like, self.dtype, self.itemsize = like, spectral.accumulation_dtype(like), like.itemsize
+        self.like, self.itemsize = like, like.itemsize
+        # Float64 costs a GPU nothing where the products are as small as those of a classifier's logits.
+        small = self.n * self.vocab * min(shape) <= _SMALL and like.device.type != "mps"
+        self.dtype = torch.float64 if small else spectral.accumulation_dtype(like)
         self.lambdas = lambda_consistency, lambda_covariance, lambda_svd
         self.rank, self.norm, self.variance = rank, norm, variance
         new = like.new_zeros

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
-from .attachment import Attachment, at_least_one
+from .attachment import Attachment, at_least_one, check_no_cache
 from .config import BALoraConfig
 from .functional import IGNORE_INDEX, BALoraOutput, linear_objective, logits_objective
 from .output_layer import decoder_of, heads_now, without_adapter
@@ -38,6 +38,7 @@ def training_forward(
     arguments["use_cache"] = False
 
     config = state.config_now()
+    check_no_cache(arguments, config)
     normalizer = loss_arguments["num_items_in_batch"]
     state.summed = normalizer is not None
     labels = _aligned(loss_arguments["labels"], loss_arguments["shift_labels"])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attachment import Attachment
+from .attachment import Attachment, check_no_cache
 from .causal_lm import from_logits, head_objective
 from .config import BALoraConfig
 from .functional import IGNORE_INDEX, BALoraOutput
@@ -34,6 +34,7 @@ def training_forward(
     """
     labels, normalizer = arguments.pop("labels"), arguments.pop("num_items_in_batch", None)
     config = state.config_now()
+    check_no_cache(arguments, config)
     if arguments.get("encoder_outputs") is not None and config.lambda_consistency != 0:
         raise ValueError(
             "encoder_outputs: expected None in training, the pre-trained model encodes the input by itself; give "

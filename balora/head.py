@@ -30,8 +30,8 @@ class LinearHead:
 
     Weight, bias, A and B get a gradient where they require one, accumulated in float32 (float64).
 
-    The Gram matrix of the map that the SVD term needs is computed on first use (V·d² operations) and kept until an
-    in-place operation changes a tensor (one through ``.data`` is not seen).
+    The Gram matrix of the map that the SVD term needs is computed on first use (V·d² operations) and, while the head is
+    frozen, kept until an in-place operation changes a tensor (one through ``.data`` is not seen).
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, type, device or range; the message names it.
@@ -66,10 +66,21 @@ class LinearHead:
                 raise ValueError(f"softcap: expected a number above 0 or None, found {softcap!r}")
         check_number("scale", scale)
         self.weight, self.bias, self.softcap, self.scale, self.lora = weight, bias, softcap, float(scale), lora
+        self._register()
+
+    def _register(self) -> None:
         self.key = next(_KEYS)
         _HEADS[self.key] = self
         self._weight_gram: _WeightGram | None = None
         self._gram: tuple[Any, spectral.HeadGram] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, or in a file: the key is this head's own, and what it has computed it computes again."""
+        return {k: v for k, v in vars(self).items() if k not in ("key", "_weight_gram", "_gram")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._register()
 
     @staticmethod
     def _check_tensor(name: str, value: Any, weight: Tensor, shape: tuple) -> None:
@@ -117,16 +128,21 @@ class LinearHead:
     @property
     def gram(self) -> spectral.HeadGram:
         """[W, B, b]ᵀ[W, B, b] and a factor of it, or of what an adapter leaves of it (``spectral.head_gram``)."""
-        if self._weight_gram is None or not self._weight_gram.fits(self.weight):
-            self._weight_gram = _WeightGram(self.weight)
-        known = self._weight_gram.gram
+        of_weight = self._weight_gram
+        if of_weight is None or not of_weight.fits(self.weight):
+            of_weight = _WeightGram(self.weight)
+        known = of_weight.gram
         key = (id(known), *(_version(t) for t in self.tensors[1:] if t is not None))
-        if self._gram is None or self._gram[0] != key:
-            linear = Linear(self, known.dtype)
-            lift = None if linear.a is None else linear.lift
-            with torch.autocast(known.device.type, enabled=False):
-                self._gram = (key, spectral.head_gram(self.weight.detach(), linear.extra, known, lift))
-        return self._gram[1]
+        if self._gram is not None and self._gram[0] == key:
+            return self._gram[1]
+        linear = Linear(self, known.dtype)
+        lift = None if linear.a is None else linear.lift
+        with torch.autocast(known.device.type, enabled=False):
+            found = spectral.head_gram(self.weight.detach(), linear.extra, known, lift)
+        # A tensor that is trained may change in ways that torch does not count.
+        self._weight_gram = None if self.weight.requires_grad else of_weight
+        self._gram = None if any(t is not None and t.requires_grad for t in self.tensors) else (key, found)
+        return found
 
     def prepare_svd(self) -> None:
         """Compute what a frozen head keeps for the SVD term, where the term takes that."""

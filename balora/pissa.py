@@ -129,6 +129,8 @@ def get_pissa_model(
     if form == "residual" and any(map(partitioned, model.parameters())):
         raise ValueError("form: expected 'offset' for weights that ZeRO-3 has partitioned, found 'residual'")
     device = _device(device)
+    # What peft does anyway, as many scripts write it out.
+    lora_config = {k: v for k, v in lora_config.items() if (k, v) not in (("bias", "none"), ("inference_mode", False))}
     unknown = sorted(set(lora_config) - set(_LORA_OPTIONS))
     if unknown:
         raise ValueError(f"lora_config: {', '.join(unknown)} cannot be used here; allowed: {', '.join(_LORA_OPTIONS)}")

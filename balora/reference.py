@@ -9,6 +9,8 @@ Z the student's logits [N, V], Z_P the teacher's. The terms that are means over 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -107,9 +109,11 @@ def svd(z: Tensor, rank: int, norm: str = "fro", variance: float = 0.0) -> Tenso
     """−( Σ_{i≤k} σ_i(Z) / ‖Z‖ + α · Var(σ_1 … σ_k) ), not centred. k above min(N, V) means min(N, V).
 
     ‖Z‖ is the Frobenius norm (``"fro"``; 2025 paper, eq. 11) or the sum of all singular values (``"nuclear"``; 2025,
-    eq. 7; 2024, eq. 8 and 12, which alone has α). Var divides by k. Of a zero matrix it is 0, with a zero gradient.
-    z [N, V] -> [].
+    eq. 7; 2024, eq. 8 and 12, which alone has α). Var divides by k. Of a zero matrix it is 0, with a zero gradient; of
+    one that is not finite NaN. z [N, V] -> [].
     """
+    if not z.detach().isfinite().all():  # a decomposition would raise
+        return (math.nan * z).sum()
     if not z.detach().any():
         return (0.0 * z).sum()
     sigma = torch.linalg.svdvals(z)
@@ -119,8 +123,14 @@ def svd(z: Tensor, rank: int, norm: str = "fro", variance: float = 0.0) -> Tenso
 
 
 def randomized_svd(a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triplets, by a full decomposition. a [..., m, n] -> [..., m, k], [..., k], [..., k, n]."""
-    u, s, vh = torch.linalg.svd(a, full_matrices=False)
+    """The leading singular triplets, by a full decomposition. a [..., m, n] -> [..., m, k], [..., k], [..., k, n].
+
+    Those of a matrix that is not finite are NaN.
+    """
+    finite = a.detach().isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # [..., 1, 1]
+    u, s, vh = torch.linalg.svd(torch.where(finite, a, 0.0), full_matrices=False)
+    u, vh = (torch.where(finite, t, math.nan) for t in (u, vh))
+    s = torch.where(finite[..., 0], s, math.nan)
     return u[..., :rank], s[..., :rank], vh[..., :rank, :]
 
 

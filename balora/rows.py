@@ -6,6 +6,7 @@ arithmetic on it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,13 +36,15 @@ def block(
     top_k: int | None,
     work: Tensor,
     need_grad: bool,
+    teacher: Callable[[Tensor], Tensor] | None = None,
 ) -> RowTerms:
     """CE, KL(P ‖ S) at temperature T and −H of the top K of each row. z and delta are overwritten.
 
     If asked for, z becomes the gradient of CE + λ₁·T²·KL − λ₂·H. Without labels there is no CE, without delta no KL
     (one of them is there); with top_k None the entropy is that of the whole row, and λ₂ = 0 leaves it out.
 
-    z [b, V]; delta [b, V] is (Z_P − Z)/T; labels [b]; work [5, b, V], all of z's type.
+    z [b, V]; delta [b, V] is (Z_P − Z)/T; labels [b]; work [5, b, V], all of z's type. teacher(rows [f]) gives Z_P of
+    some rows [f, V], where that is known by itself: of a row far from it δ has lost digits.
     """
     terms = RowTerms(*z.new_zeros(3, z.shape[0]))
     entropy = lambda_diversity != 0
@@ -81,13 +84,18 @@ def block(
     pull: Tensor | None = None
     far: Tensor | None = None
     if delta is not None and p_soft is not None:
-        kl, weighted, shift = _kl(p_soft, delta, work[0], work[4])
+        kl, weighted, shift, mean = _kl(p_soft, delta, work[0], work[4])
         terms.kl.copy_(kl)
         near = (delta.amin(-1) >= -_FAR) & (delta.amax(-1) <= _FAR)
         if not near.all():  # a row with a NaN is far
             far = (~near).nonzero().squeeze(-1)
             x = z[far] / temperature
-            terms.kl[far], pull = _kl_far(p_soft[far], x - x.amax(-1, keepdim=True), delta[far])
+            x -= x.amax(-1, keepdim=True)
+            x_teacher = x + delta[far]
+            if teacher is not None:
+                x_teacher = teacher(far) / temperature
+                x_teacher -= x_teacher.amax(-1, keepdim=True) + mean[far]
+            terms.kl[far], pull = _kl_far(p_soft[far], x, x_teacher, delta[far])
     if not need_grad:
         return terms
 
@@ -122,21 +130,23 @@ def block(
     return terms
 
 
-def _kl(p_soft: Tensor, delta: Tensor, out: Tensor, work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """KL(P ‖ S) of each row [b]; p_S·expm1(δ/T) [b, V], in ``out``; and its sum e^Δ − 1 [b, 1]. δ/T loses its mean.
+def _kl(p_soft: Tensor, delta: Tensor, out: Tensor, work: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """KL(P ‖ S) of each row [b]; p_S·expm1(δ/T) [b, V], in ``out``; its sum e^Δ − 1 [b, 1]; and the mean [b, 1] that
+    δ/T loses.
 
     With s = Σ p_S·expm1(δ/T): Δ = lse_P − lse_S = log1p(s), and KL = Σ p_P·δ/T − Δ with p_P = p_S·e^(δ/T)/(1 + s).
     No two rounded probabilities are subtracted, and a common offset of the row, which changes nothing, is taken off
     first: so the relative accuracy is kept however close the teacher is. s is then ≥ 0, and 1 + s does not cancel.
     """
     mean = _dot(p_soft, delta, work)[:, None]
-    delta.sub_(torch.where(mean.abs() <= _FAR, mean, 0.0))  # a larger one would cost a far row its digits
+    mean = torch.where(mean.abs() <= _FAR, mean, 0.0)  # a larger one would cost a far row its digits
+    delta.sub_(mean)
     weighted = torch.expm1(delta, out=out).mul_(p_soft)
     shift = weighted.sum(-1, keepdim=True)  # [b, 1]
-    mean = _dot(p_soft, delta, work)  # what rounding left
+    left = _dot(p_soft, delta, work)  # by rounding
     rise = _dot(weighted, delta, work)
-    kl = (mean + rise) / (1 + shift.squeeze(-1)) - shift.squeeze(-1).log1p()
-    return kl, weighted, shift
+    kl = (left + rise) / (1 + shift.squeeze(-1)) - shift.squeeze(-1).log1p()
+    return kl, weighted, shift, mean
 
 
 def _dot(a: Tensor, b: Tensor, work: Tensor) -> Tensor:
@@ -144,24 +154,26 @@ def _dot(a: Tensor, b: Tensor, work: Tensor) -> Tensor:
     return torch.mul(a, b, out=work).sum(-1)
 
 
-def _kl_far(p_student: Tensor, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """KL of each row and p_S − p_P, where e^δ may overflow or the sum cancel (all divided by T; x ≤ 0, its maximum 0).
+def _kl_far(p_student: Tensor, x: Tensor, x_teacher: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """KL of each row and p_S − p_P, where e^δ may overflow or the sum cancel (all divided by T; x ≤ 0, its maximum 0;
+    x_teacher is x + δ).
 
     An element with a large δ takes the difference of two probabilities, which is then no cancellation; one with a
     small δ keeps expm1. Δ is the log1p of the sum while that sum is small, else the difference of the log-sum-exps.
     """
     lse_student = x.exp().sum(-1, keepdim=True).log()
-    x_teacher = x + delta
     growth = torch.where(delta.abs() <= 1, p_student * delta.expm1(), (x_teacher - lse_student).exp() - p_student)
     total = growth.sum(-1, keepdim=True)
     top = x_teacher.amax(-1, keepdim=True)
     lse_teacher = (x_teacher - top).exp().sum(-1, keepdim=True).log() + top
     lse_difference = torch.where(total.abs() <= 0.5, total.log1p(), lse_teacher - lse_student)
     p_teacher = (x_teacher - lse_teacher).exp()
-    u = delta - lse_difference
+    # log p_P − log p_S. A large δ and a large Δ have lost the digits that their difference needs.
+    u = torch.where(delta.abs() <= 1, delta - lse_difference, (x_teacher - lse_teacher) - (x - lse_student))
     growth = u.expm1()
     near = u.abs() <= 1
-    terms = torch.where(near, p_student * (u * growth - (growth - u)), p_teacher * u - p_teacher + p_student)
+    pull = torch.where(p_teacher == 0, 0.0, p_teacher * u)  # of an entry that the student alone masks u is ∞
+    terms = torch.where(near, p_student * (u * growth - (growth - u)), pull - p_teacher + p_student)
     return terms.sum(-1), torch.where(near, -p_student * growth, p_student - p_teacher)
 
 
@@ -216,13 +228,27 @@ def subtract_logits(teacher: Tensor, z: Tensor, temperature: float) -> None:
     The constant makes both maxima 0: so an entry below −1000 is one to which the teacher gives no probability. 0 where
     both are −∞, a masked vocabulary.
     """
-    offset = teacher.amax(-1, keepdim=True) - z.amax(-1, keepdim=True)  # [b, 1]
+    highest = teacher.amax(-1, keepdim=True), z.amax(-1, keepdim=True)  # [b, 1] each
+    offset = highest[0] - highest[1]
     masked = torch.isneginf(z)
     both = (masked & torch.isneginf(teacher)) if masked.any() else None
-    teacher.sub_(z).sub_(offset)
+    if (offset.abs() > 1).any():
+        # The difference is as large as the offset, and loses digits to it: what rounding took is added again.
+        difference, lost = _two_difference(teacher, z)
+        lost -= _two_difference(*highest)[1]
+        teacher.copy_(difference.sub_(offset).add_(lost))
+    else:
+        teacher.sub_(z).sub_(offset)
     if both is not None:
         teacher.masked_fill_(both, 0.0)
     teacher.mul_(1 / temperature).clamp_min_(_MASKED)
+
+
+def _two_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a − b as it is rounded, and the rest of it: the sum of both is exact (Knuth; 0 where one is not finite)."""
+    difference = a - b
+    back = a - difference
+    return difference, (a - (difference + back)).add_(back.sub_(b)).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def focused_entropy(z: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .attachment import Attachment, at_least_one
+from .attachment import Attachment, at_least_one, check_no_cache
 from .config import BALoraConfig
 from .functional import BALoraOutput, logits_objective, regression_objective
 from .pissa import head_modules, teacher
@@ -72,6 +72,7 @@ def training_forward(
     arguments["return_dict"] = True
 
     config = state.config_now()
+    check_no_cache(arguments, config)
     state.summed = normalizer is not None
     teacher_logits = None
     if config.lambda_consistency != 0:

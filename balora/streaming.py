@@ -157,11 +157,11 @@ class Run:
         config = self.config
         if config.lambda_svd == 0 or self.whole_svd:
             return None
-        s = self.gram()
+        s, of_head = self.gram(), self.head.gram
         count = min(self.n, self.vocab)
         term = spectral.svd_term(
             s,
-            self.head.gram,
+            of_head,
             rank_of(config.svd_rank, count),
             count,
             norm=config.svd_norm,
@@ -172,7 +172,7 @@ class Run:
         )
         weight = config.lambda_svd * self.valid_rows
         if self.grad_hidden is not None or self.grad_a is not None:
-            self.k = spectral.gradient_matrix(term, self.head.gram) * weight
+            self.k = spectral.gradient_matrix(term, of_head) * weight
             if self.hidden.dtype in (torch.bfloat16, torch.float16):  # whose own rounding is larger by far
                 self.k = self.k.to(self.dtype)
         if term.k_weight is not None:
@@ -222,7 +222,8 @@ class Run:
                 d = None if delta is None else delta[here]
                 if wide_delta is not None and half is not None:
                     d = wide_delta[: here.stop - first].copy_(half[here])
-                found += torch.stack([t.sum() for t in self._block(z[here], d, y[here], work, slope)]).to(found)
+                terms = self._block(z[here], d, y[here], work, slope, start + first)
+                found += torch.stack([t.sum() for t in terms]).to(found)
                 if self.narrow_grad and half is not None:
                     half[here] = z[here]
             if self.need_grad:
@@ -248,7 +249,22 @@ class Run:
             return None
         return self.linear.forward(t, self.linear.columns(t, with_bias=False), out)
 
-    def _block(self, z: Tensor, delta: Tensor | None, y: Tensor, work: Tensor, slope: Tensor | None) -> rows.RowTerms:
+    def _teacher_rows(self, at: Tensor) -> Tensor:
+        """The logits of a teacher with its own head, of some of the rows that count. at [f] -> [f, V]."""
+        assert self.teacher_hidden is not None
+        assert self.teacher_linear is not None
+        assert self.own_head is not None
+        t = self.teacher_hidden[at if self.kept is None else self.kept[at]].to(self.dtype)
+        out = t.new_empty(len(t), self.vocab)
+        half_inputs = self.teacher_hidden.dtype == torch.bfloat16
+        self.teacher_linear.forward(t, self.teacher_linear.columns(t), out, bfloat16=half_inputs)
+        cap = self.own_head.softcap
+        return out if cap is None else out.div_(cap).tanh_().mul_(cap)
+
+    def _block(
+        self, z: Tensor, delta: Tensor | None, y: Tensor, work: Tensor, slope: Tensor | None, first: int
+    ) -> rows.RowTerms:
+        """Those rows, of which the first is the first-th that counts."""
         config, cap = self.config, self.head.softcap
         work = work[:, : len(z)]
         slope = None if slope is None else slope[: len(z)]
@@ -272,6 +288,7 @@ class Run:
             top_k=config.entropy_top_k if config.diversity == "topk" else None,
             work=work,
             need_grad=self.need_grad,
+            teacher=None if self.own_head is None else lambda far: self._teacher_rows(far + first),
         )
         if slope is not None and self.need_grad:
             z.mul_(slope)
@@ -420,6 +437,7 @@ def _consistency(
             top_k=None,
             work=work,
             need_grad=out is not None,
+            teacher=lambda far, at=at: z_teacher[at][far].to(wide),
         )
         total += terms.kl.sum()
         if out is not None:

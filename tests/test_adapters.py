@@ -50,6 +50,38 @@ def test_a_layer_and_its_gradients_are_the_equation(shape):
         torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-12)
 
 
+def test_dropout_is_one_mask_for_both_pairs_of_factors():
+    layer, x = one_layer(torch.float64, lora_dropout=0.5)
+    layer.train()
+    torch.manual_seed(3)
+    found = layer(x)
+    torch.manual_seed(3)
+    dropped = torch.nn.functional.dropout(x, 0.5)
+    assert 0.2 < (dropped == 0).double().mean() < 0.8
+    expected = layer.base_layer(x) + written_out(layer, dropped)[0] - layer.base_layer(dropped)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    a = layer.lora_A.default.weight
+    (grad,) = torch.autograd.grad(found.sum(), a)
+    by_hand = 1.5 * layer.lora_B.default.weight.sum(0)[:, None] * dropped.sum((0, 1))
+    torch.testing.assert_close(grad, by_hand, rtol=1e-12, atol=1e-12)
+    layer.eval()
+    torch.testing.assert_close(layer(x), written_out(layer, x)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_factors_that_were_rounded_are_merged_and_exported_as_they_compute(tmp_path):
+    """A₀ and B₀ then too: the model is the pre-trained one until A and B change."""
+    model = balora.get_pissa_model(tiny_llama(), r=4, lora_alpha=8)
+    before = logits(model)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.bfloat16()
+    torch.testing.assert_close(logits(model), before)
+    balora.export_lora(model, tmp_path / "lora")
+    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora")), before)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), before)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_layer_in_other_types_is_as_near_as_its_modules(dtype, autocast):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import balora
-from balora import cli, train
+from balora import BALoraConfig, cli, train
 from balora.adapters import RESIDUAL_BASE
 
 from .architectures import tiny
@@ -41,6 +41,28 @@ def options(inputs, out, **changes):
 
 def flags(values):
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def test_defaults_are_the_published_settings(inputs, tmp_path):
+    words = flags(dict(model=inputs / "model", data=inputs / "rows.jsonl", output_dir=tmp_path, use_cpu=True))
+    _, (run, config, training) = cli._train_arguments(train, words)
+    assert (run.r, run.lora_alpha, run.form, run.adapter) == (128, 128, "offset", "pissa")
+    assert (training.learning_rate, training.lr_scheduler_type) == (2e-5, "cosine")
+    assert (training.warmup_steps, training.num_train_epochs) == (0.03, 1)
+    assert config == BALoraConfig()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_type_of_the_base_and_the_length_of_the_tokenizer(inputs, tmp_path, capsys):
+    shutil.copytree(inputs / "model", tmp_path / "model")
+    about = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({**about, "model_max_length": 40}))
+    values = options(inputs, tmp_path / "run", model=tmp_path / "model", dtype="bfloat16", modules_to_save="lm_head")
+    assert cli.main(["train", *flags({**values, "max_steps": 1})]) == 0
+    assert "rows cut to 40 tokens" in capsys.readouterr().out
+    found = load_file(tmp_path / "run" / "lora" / "adapter_model.safetensors")
+    (head,) = (t for name, t in found.items() if "lm_head" in name)
+    assert head.dtype == torch.bfloat16
 
 
 def test_train_by_flags(inputs, tmp_path, capsys):

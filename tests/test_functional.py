@@ -6,7 +6,7 @@ import torch
 from balora import LinearHead
 from balora import functional as F
 
-from .conftest import ALL_TERMS, only, problem, run
+from .conftest import ALL_TERMS, only, problem, run, there
 
 
 @pytest.mark.parametrize("impl", ["streaming", "reference"])
@@ -27,6 +27,14 @@ def test_non_contiguous_and_batched_inputs():
     out, grad = run(hidden, teacher.view(4, 6, 8), wide_weight[:, ::2], labels.view(4, 6), ALL_TERMS, "streaming")
     assert out.loss.item() == pytest.approx(flat.loss.item(), rel=1e-12)
     torch.testing.assert_close(grad.reshape(24, 8), flat_grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["streaming", "reference", "triton"])
+def test_labels_of_32_bits(impl):
+    inputs = problem(12, 8, 30, dtype=torch.float32, ignored=2)
+    expected, _ = run(*there(impl, *inputs), ALL_TERMS, impl)
+    found, _ = run(*there(impl, *inputs[:3], inputs[3].int()), ALL_TERMS, impl)
+    assert torch.equal(found.loss, expected.loss)
 
 
 @pytest.mark.parametrize("impl", ["streaming", "reference"])

@@ -1,5 +1,7 @@
 """Every kind of head: values and every gradient against the reference in float64; the linear map; bad input."""
 
+import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -302,6 +304,14 @@ def test_a_regression_head_has_squared_errors(impl):
     assert alone.consistency is None
     with pytest.raises(TypeError, match="labels: expected whole numbers"):
         F.linear_objective(hidden, teacher, head, torch.tensor([3.5, 4.0]), BALoraConfig(), impl=impl)
+    config = BALoraConfig.preset("nlu_2024")
+    labels = torch.tensor([3.5, 4.0])
+    out = F.linear_objective(hidden, teacher, head, labels, config, normalizer=4.0, impl=impl)
+    z, z_teacher = torch.tensor([3.0, 5.0]), torch.tensor([4.0, 5.0])
+    by_hand = (z / z.norm() - z_teacher / z_teacher.norm()).square().sum()
+    assert out.consistency.item() == pytest.approx(2 / 4 * by_hand.item(), rel=1e-4)
+    same = F.regression_objective(z, z_teacher, labels, config, normalizer=4.0)
+    assert out.loss.item() == pytest.approx(same.loss.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["plain", "everything"])
@@ -426,3 +436,29 @@ def test_gradients_share_no_memory(vocab):
         inputs["hidden"], teacher, head, None, labels, None, only("consistency"), (True,) * 5
     )
     assert len({t.untyped_storage().data_ptr() for t in found}) == 5
+
+
+def test_a_copy_and_one_from_a_file_are_heads_of_their_own():
+    """Under torch.compile an operator finds a head by its key."""
+    head, other = LinearHead(torch.randn(9, 4), softcap=3.0), LinearHead(torch.randn(9, 4))
+    assert head.gram.gram.shape == (4, 4)  # what was computed is not copied
+    content = pickle.dumps(head)
+    copies = copy.deepcopy(head), pickle.loads(content)
+    assert len({one.key for one in (head, other, *copies)}) == 4
+    weight = head.weight
+    del head
+    for one in copies:
+        assert torch.equal(one.weight, weight)
+        assert LinearHead.known(one.key, list(one.tensors)) is one
+        assert one.softcap == 3
+        torch.testing.assert_close(one.gram.gram, weight.double().T @ weight.double())
+
+
+def test_what_is_known_of_a_trained_head_is_not_kept():
+    """A change through .data is counted nowhere."""
+    head = LinearHead(torch.randn(9, 4, requires_grad=True))
+    before = head.gram.gram
+    head.weight.data *= 2
+    torch.testing.assert_close(head.gram.gram, 4 * before)
+    assert head._weight_gram is None
+    assert head._gram is None

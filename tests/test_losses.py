@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balora import batch, dispatch, losses, reference, rows, streaming
+from balora import batch, dispatch, losses, reference, rows, spectral, streaming
 from balora import functional as F
 
 from .conftest import assert_within_budget, there
@@ -180,6 +180,44 @@ def test_masked_columns(impl):
     assert not grad[:, both].any()
     teacher[:, 3] = 1.0
     assert not F.consistency_loss(*there(impl, z, teacher), impl=impl).isfinite()
+
+
+@pytest.mark.parametrize("who", ["student", "teacher", "both"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("by", ["streaming", "triton"])
+def test_logits_of_1e4_beside_ordinary_ones(who, temperature, by):
+    """What is far from a large logit keeps its digits: probabilities are shared by those that have the same one."""
+    z, teacher = logits(6, 37, torch.float32)
+    huge = 1e4 * logits(6, 37, torch.float32, seed=5)[0].sign()
+    student, teacher = (huge if who in (name, "both") else t for name, t in (("student", z), ("teacher", teacher)))
+    teacher = teacher + 0.5 * z if who == "both" else teacher
+    check(F.consistency_loss, student, teacher, torch.float32, by, temperature=temperature)
+
+
+@pytest.mark.parametrize("impl", ["streaming", "reference", "triton"])
+def test_an_entry_that_the_student_alone_masks(impl):
+    """The KL is infinite, and its gradient is not."""
+    z, teacher = torch.tensor([[1.0, 2.0, -torch.inf]]), torch.tensor([[1.0, 2.0, 0.0]])
+    value, grad = evaluate(F.consistency_loss, z, teacher, impl=impl)
+    assert value.item() == torch.inf
+    torch.testing.assert_close(grad, 2 * ((z / 2).softmax(-1) - (teacher / 2).softmax(-1)))
+    teacher[0, 2] = -1e5  # a probability of 0
+    assert evaluate(F.consistency_loss, z, teacher, impl=impl)[0].item() == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("what", [torch.nan, torch.inf])
+def test_the_reference_of_what_is_not_finite(what):
+    z = torch.randn(2, 5, 4)
+    z[1, 2, 3] = what
+    for norm in ("fro", "nuclear"):
+        value, grad = evaluate(lambda z, _, impl: F.svd_loss(z, 2, norm, impl=impl), z[1], None, impl="reference")
+        assert value.isnan()
+        assert grad.isnan().all()
+    for found, alone in zip(
+        F.randomized_svd(z, 2, impl="reference"), F.randomized_svd(z[0], 2, impl="reference"), strict=True
+    ):
+        torch.testing.assert_close(found[0], alone)
+        assert found[1].isnan().all()
 
 
 @pytest.mark.parametrize("impl", ["streaming", "reference", "triton"])
@@ -441,3 +479,18 @@ def test_bad_input_names_the_argument(case):
     call, error, message = BAD[case]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_terms_of_a_classifiers_batch_are_in_float64_on_a_device_too(monkeypatch):
+    """Its Gram matrix is small, and in float32 it would lose what is left of a confident classifier's gradient."""
+    monkeypatch.setattr(spectral, "accumulation_dtype", lambda tensor: torch.float32)  # a device's
+    g = torch.Generator().manual_seed(0)
+    z = 4 * torch.randn(32, 1, generator=g) @ torch.tensor([[1.0, -1.0]]) + 1e-3 * torch.randn(32, 2, generator=g)
+    check(lambda z, _, **k: F.svd_loss(z, 1, "nuclear", **k), z, z, torch.float32)
+    teacher = torch.randn(32, 3, generator=g)
+    near = teacher + 1e-4 * torch.randn(32, 3, generator=g)
+    found = (
+        batch.Batch((32, 3), near, lambda_consistency=1.0).solve(lambda r, c: (near[r, c], teacher[r, c])).consistency
+    )
+    exact = reference.normalized_mse(near.double(), teacher.double())
+    assert found.item() == pytest.approx(exact.item(), rel=1e-5)

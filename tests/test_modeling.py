@@ -4,11 +4,13 @@ import copy
 import importlib
 import inspect
 import warnings
+from dataclasses import replace
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as nnF
+from transformers import DynamicCache
 
 import balora
 from balora import BALoraConfig, LinearHead
@@ -335,3 +337,19 @@ def test_a_loss_made_around_the_forward_is_told():
             each.get_base_model().model(inputs["input_ids"])
         balora.detach(each)
         assert not each.get_base_model().model._forward_pre_hooks
+
+
+def test_a_cache_is_not_shared_with_the_teacher():
+    """Its pass would add keys and values, which the student would then see."""
+    model = attached()
+    ids = torch.arange(10)[None]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model.get_base_model().model(input_ids=ids[:, :4], past_key_values=cache)
+    inputs = dict(input_ids=ids[:, 4:], labels=ids[:, 4:], past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values: expected none in training with lambda_consistency=.*Cache"):
+        model(**inputs)
+    assert cache.get_seq_length() == 4
+    balora.detach(model)
+    balora.attach(model, replace(CONFIG, lambda_consistency=0.0)).train()
+    model(**inputs).loss.backward()

@@ -360,6 +360,13 @@ def test_the_real_llama(stories15m, tmp_path):
     assert (logits(alone) - trained).abs().max() <= 8 * torch.finfo(torch.bfloat16).eps * trained.abs().max()
 
 
+def test_what_peft_does_anyway_may_be_said():
+    config = balora.get_pissa_model(tiny_llama(), r=2, bias="none", inference_mode=False).peft_config["default"]
+    assert (config.bias, config.inference_mode) == ("none", False)
+    with pytest.raises(ValueError, match="lora_config: bias cannot be used here"):
+        balora.get_pissa_model(tiny_llama(), r=2, bias="all")
+
+
 BAD = {
     "r zero": (dict(r=0), ValueError, "r: expected at least 1, found 0"),
     "r float": (dict(r=4.0), TypeError, "r: expected a whole number, found 4.0"),

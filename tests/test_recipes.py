@@ -125,6 +125,34 @@ def test_a_recipe_runs(path, tmp_path, capsys, monkeypatch):
         assert f"eval_{recipe['metric_for_best_model']}" in metrics
 
 
+# (epochs, batch, learning rate, alpha) of DeBERTa-v3-base: 2025 paper, table 8.
+PUBLISHED = {
+    "mnli": (5, 16, 5e-5, 8),
+    "sst2": (20, 16, 3e-5, 8),
+    "mrpc": (20, 32, 2e-4, 8),
+    "cola": (20, 16, 1e-4, 8),
+    "qnli": (10, 32, 1e-4, 16),
+    "qqp": (10, 16, 1e-4, 8),
+    "rte": (50, 16, 1e-4, 8),
+    "stsb": (20, 8, 3e-4, 8),
+}
+
+
+def test_published_settings():
+    assert len(RECIPES) == 41
+    names = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "lora_alpha")
+    for task, values in PUBLISHED.items():
+        (path,) = (p for p in RECIPES if p.stem == f"deberta-v3-base-{task}")
+        recipe = yaml.safe_load(path.read_text())
+        assert tuple(recipe[name] for name in names) == values, task
+        assert recipe["r"] == 8
+    llama = yaml.safe_load(next(p for p in RECIPES if p.stem == "llama-2-7b-metamathqa").read_text())
+    published = dict(r=128, lora_alpha=128, learning_rate=2e-5, lr_scheduler_type="cosine", warmup_steps=0.03)
+    published |= dict(bf16=True, max_length=512, num_train_epochs=1, seed=42, data_split="train[:100000]")
+    assert {name: llama[name] for name in published} == published
+    assert llama["per_device_train_batch_size"] * llama["gradient_accumulation_steps"] == 32
+
+
 def test_the_settings_are_those_of_the_presets():
     for path in RECIPES:
         recipe = yaml.safe_load(path.read_text())

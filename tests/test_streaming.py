@@ -11,7 +11,7 @@ from balora import LinearHead, reference, rows, streaming
 from balora import functional as F
 from balora.head import Linear
 
-from .conftest import ALL_TERMS, assert_terms_within_budget, assert_within_budget, only, problem, run
+from .conftest import ALL_TERMS, assert_terms_within_budget, assert_within_budget, only, problem, run, there
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -43,7 +43,8 @@ def test_value_and_gradient_within_the_budget(term, dtype):
 @pytest.mark.parametrize("distance", [1e-4, 1e-2, 1.0, 30.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_consistency_from_close_to_far(distance, temperature):
-    check(problem(20, 16, 300, dtype=torch.float32, distance=distance, scale=3.0), only("consistency"), torch.float32)
+    inputs = problem(20, 16, 300, dtype=torch.float32, distance=distance, scale=3.0)
+    check(inputs, replace(only("consistency"), temperature=temperature), torch.float32)
 
 
 @pytest.mark.parametrize("distance", [1e-3, 3e-2, 0.3, 3.0])
@@ -319,13 +320,44 @@ def test_columns_of_minus_infinity():
 @pytest.mark.parametrize("term", TERMS)
 @pytest.mark.parametrize("where", ["hidden", "teacher", "weight"])
 @pytest.mark.parametrize("d", [8, 600])
-def test_nan_in_nan_out(term, where, d):
-    inputs = dict(zip(("hidden", "teacher", "weight", "labels"), problem(6, d, 40, dtype=torch.float32), strict=True))
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [("streaming", torch.float32), ("triton", torch.float32), ("triton", torch.bfloat16), ("triton", torch.float16)],
+    ids=str,
+)
+def test_nan_in_nan_out(term, where, d, impl, dtype):
+    if impl == "triton" and d > 8 and term != "svd":
+        pytest.skip("the same kernels as for d = 8")
+    inputs = dict(zip(("hidden", "teacher", "weight", "labels"), problem(6, d, 40, dtype=dtype), strict=True))
     inputs[where][2, 3] = torch.nan
-    found, grad = run(*inputs.values(), only(term), "streaming")
+    found, grad = run(*there(impl, *inputs.values()), only(term), impl)
     reached = where != "teacher" or term == "consistency"
     assert found.loss.isnan().item() is reached
     assert grad.isnan().any().item() is reached
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_teacher_of_its_own_far_away(monkeypatch, masked):
+    """Rows in blocks and chunks, some of them left out: the far ones ask for the teacher's logits again."""
+    monkeypatch.setattr(streaming, "_CHUNK_BYTES", 7 * 101 * 8)
+    hidden, teacher, weight, labels = problem(20, 16, 101, dtype=torch.float32, ignored=3)
+    teacher[::3] *= 3e3
+    bias, cap = torch.linspace(-1, 1, 101), 5e3
+    if masked:
+        bias[5], cap = -torch.inf, None
+    config = replace(only("consistency"), temperature=1.0)
+
+    def objective(impl, dtype):
+        h, t, w, v, b = (x.to(dtype) for x in (hidden, teacher, weight, weight.flip(0), bias))
+        h.requires_grad_()
+        own = LinearHead(v, b, cap)
+        out = F.linear_objective(h, t, LinearHead(w), labels, config, teacher_head=own, impl=impl)
+        return out.consistency, torch.autograd.grad(out.loss, h)[0]
+
+    found, plain = (objective(impl, torch.float32) for impl in ("streaming", "reference"))
+    exact = objective("reference", torch.float64)
+    for name, *three in zip(("value", "gradient"), found, plain, exact, strict=True):
+        assert_within_budget(*three, torch.float32, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
