@@ -427,6 +427,10 @@ def _consistency(
         work = buffers[:, :size]
         block, delta = work[-2].copy_(z[at]), work[-1].copy_(z_teacher[at])
         rows.subtract_logits(delta, block, temperature)
+
+        def teacher_rows(far: Tensor, at: Any = at) -> Tensor:
+            return z_teacher[at][far].to(wide)
+
         terms = rows.block(
             block,
             delta,
@@ -437,7 +441,7 @@ def _consistency(
             top_k=None,
             work=work,
             need_grad=out is not None,
-            teacher=lambda far, at=at: z_teacher[at][far].to(wide),
+            teacher=teacher_rows,
         )
         total += terms.kl.sum()
         if out is not None:

@@ -56,10 +56,10 @@ def test_defaults_are_the_published_settings(inputs, tmp_path):
 def test_the_type_of_the_base_and_the_length_of_the_tokenizer(inputs, tmp_path, capsys):
     shutil.copytree(inputs / "model", tmp_path / "model")
     about = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
-    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({**about, "model_max_length": 40}))
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({**about, "model_max_length": 50}))
     values = options(inputs, tmp_path / "run", model=tmp_path / "model", dtype="bfloat16", modules_to_save="lm_head")
     assert cli.main(["train", *flags({**values, "max_steps": 1})]) == 0
-    assert "rows cut to 40 tokens" in capsys.readouterr().out
+    assert "8 rows cut to 50 tokens" in capsys.readouterr().out
     found = load_file(tmp_path / "run" / "lora" / "adapter_model.safetensors")
     (head,) = (t for name, t in found.items() if "lm_head" in name)
     assert head.dtype == torch.bfloat16

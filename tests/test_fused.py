@@ -229,7 +229,7 @@ def test_what_the_kernels_cannot_do():
             F.linear_objective(
                 narrow[0], narrow[1], LinearHead(narrow[2]), labels, replace(ALL, **change), impl="triton"
             )
-    with pytest.raises(ValueError, match="top_k is 200, it has 128 at most"):
+    with pytest.raises(ValueError, match="of top_k and V the smaller is 200, it has 128 at most"):
         F.diversity_loss(*there("triton", torch.randn(3, 300)), top_k=200, impl="triton")
     assert F.diversity_loss(*there("triton", torch.randn(1, 100)), top_k=200, impl="triton").isfinite()  # min(K, V)
     with pytest.raises(ValueError, match="the logits are float64"):

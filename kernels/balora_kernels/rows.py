@@ -112,7 +112,6 @@ def gradient(
     it may be the values of the teacher or of the student themselves. scale [] float32, not beside λ₂, whose kernel does
     not take it; the others as in ``forward``, where padded is said of out too: it is written up to there.
     """
-    assert scale is None or lambda_diversity == 0
     z = student.values
     n, vocab = z.numel() // z.shape[-1], z.shape[-1]
     if n == 0:
