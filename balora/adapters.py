@@ -249,16 +249,18 @@ def factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """left [out, 2r], right [2r, in] in float64 with left·right = s·(BA − B₀A₀), the change of W."""
     tensors = module.lora_A[adapter].weight, module.lora_B[adapter].weight, *frozen(module, adapter)
     a, b, a0, b0 = map(full, tensors)
+    if form_of(module) == "offset":
+        a0, b0 = rounded_alike(a, b, a0, b0)
     return side_by_side(a, b, a0, b0, module.scaling[adapter], initial_scaling(module, adapter))
 
 
-def side_by_side(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, s: float, s0: float) -> tuple[Tensor, Tensor]:
-    """left [out, 2r], right [2r, in] in float64 with left·right = s·BA − s₀·B₀A₀.
+def rounded_alike(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
+    """A₀ and B₀ as the offset form's forward takes them: rounded where A and B have a smaller type than the base."""
+    return (a0, b0) if torch.promote_types(a.dtype, a0.dtype) == a.dtype else (a0.to(a.dtype), b0.to(b.dtype))
 
-    Where A and B have been rounded to a smaller type, A₀ and B₀ are too, as in the layer's forward.
-    """
-    if torch.promote_types(a.dtype, a0.dtype) != a.dtype:
-        a0, b0 = a0.to(a.dtype), b0.to(b.dtype)
+
+def side_by_side(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, s: float, s0: float) -> tuple[Tensor, Tensor]:
+    """left [out, 2r], right [2r, in] in float64 with left·right = s·BA − s₀·B₀A₀."""
     left = [b.double() * s, -b0.double() * s0]
     return torch.cat(left, dim=1), torch.cat([a.double(), a0.double()], dim=0)
 

@@ -53,7 +53,7 @@ class Batch:
         self.by_columns = self.vocab > self.n  # tiles of columns, M = Z Zᵀ; else tiles of rows, M = Zᵀ Z
         self.like, self.itemsize = like, like.itemsize
         # Float64 costs a GPU nothing where the products are as small as those of a classifier's logits.
-        small = self.n * self.vocab * min(shape) <= _SMALL and like.device.type != "mps"
+        small = self.n * self.vocab * min(shape) <= _SMALL and like.device.type in ("cpu", "cuda")
         self.dtype = torch.float64 if small else spectral.accumulation_dtype(like)
         self.lambdas = lambda_consistency, lambda_covariance, lambda_svd
         self.rank, self.norm, self.variance = rank, norm, variance

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import checkpoints
-from .adapters import ADAPTER, FROZEN, RESIDUAL_BASE, checkpoint_form, factors, form_of, side_by_side
+from .adapters import ADAPTER, FROZEN, RESIDUAL_BASE, checkpoint_form, factors, form_of, rounded_alike, side_by_side
 from .sharding import first_process, full, reshard, sharded, whole
 
 
@@ -185,6 +185,8 @@ def _plain_tensors(tensors: dict[str, Tensor], config: Any, form: str, onto: str
             continue
         a, b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
         a0, b0 = (tensors[f"{name}.{frozen}"] for frozen in names_of_a0_and_b0)
+        if names_of_a0_and_b0 == FROZEN["offset"]:
+            a0, b0 = rounded_alike(a, b, a0, b0)
         in_base = name.removeprefix("base_model.model.")
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, in_base), config.lora_alpha)
         s = alpha / (math.sqrt(len(a)) if config.use_rslora else len(a))

@@ -128,20 +128,21 @@ class LinearHead:
     @property
     def gram(self) -> spectral.HeadGram:
         """[W, B, b]ᵀ[W, B, b] and a factor of it, or of what an adapter leaves of it (``spectral.head_gram``)."""
-        of_weight = self._weight_gram
+        # A tensor that is trained may change in ways that torch does not count.
+        trained = any(t is not None and t.requires_grad for t in self.tensors)
+        of_weight = None if self.weight.requires_grad else self._weight_gram
         if of_weight is None or not of_weight.fits(self.weight):
             of_weight = _WeightGram(self.weight)
         known = of_weight.gram
         key = (id(known), *(_version(t) for t in self.tensors[1:] if t is not None))
-        if self._gram is not None and self._gram[0] == key:
+        if self._gram is not None and self._gram[0] == key and not trained:
             return self._gram[1]
         linear = Linear(self, known.dtype)
         lift = None if linear.a is None else linear.lift
         with torch.autocast(known.device.type, enabled=False):
             found = spectral.head_gram(self.weight.detach(), linear.extra, known, lift)
-        # A tensor that is trained may change in ways that torch does not count.
         self._weight_gram = None if self.weight.requires_grad else of_weight
-        self._gram = None if any(t is not None and t.requires_grad for t in self.tensors) else (key, found)
+        self._gram = None if trained else (key, found)
         return found
 
     def prepare_svd(self) -> None:

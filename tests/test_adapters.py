@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import balora
-from balora.adapters import FROZEN
+from balora.adapters import ADAPTER, FROZEN, factors, form_of, pretrained_weight
 
 from .conftest import tiny_llama
 from .test_pissa import logits
@@ -68,14 +68,24 @@ def test_dropout_is_one_mask_for_both_pairs_of_factors():
     torch.testing.assert_close(layer(x), written_out(layer, x)[0], rtol=1e-12, atol=1e-12)
 
 
-def test_factors_that_were_rounded_are_merged_and_exported_as_they_compute(tmp_path):
-    """A₀ and B₀ then too: the model is the pre-trained one until A and B change."""
-    model = balora.get_pissa_model(tiny_llama(), r=4, lora_alpha=8)
+@pytest.mark.parametrize("form", ["offset", "residual"])
+def test_factors_that_were_rounded_are_merged_and_exported_as_they_compute(tmp_path, form):
+    """In the offset form A₀ and B₀ then too: the model is the pre-trained one until A and B change."""
+    model = balora.get_pissa_model(tiny_llama(), r=4, lora_alpha=8, form=form)
     before = logits(model)
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.bfloat16()
-    torch.testing.assert_close(logits(model), before)
+    if form == "offset":
+        torch.testing.assert_close(logits(model), before)
+    layer = next(m for m in model.modules() if form_of(m))
+    start = pretrained_weight(layer, ADAPTER)
+    left, right = factors(layer, ADAPTER)
+    model.merge_adapter()
+    torch.testing.assert_close(layer.get_base_layer().weight.double(), start + left @ right, rtol=1e-5, atol=1e-6)
+    model.unmerge_adapter()
+    if form == "residual":
+        return
     balora.export_lora(model, tmp_path / "lora")
     torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora")), before)
     model.merge_adapter()

@@ -462,3 +462,8 @@ def test_what_is_known_of_a_trained_head_is_not_kept():
     torch.testing.assert_close(head.gram.gram, 4 * before)
     assert head._weight_gram is None
     assert head._gram is None
+    head = LinearHead(torch.randn(9, 4))
+    before = head.gram.gram
+    head.weight.requires_grad_()  # trained from now on
+    head.weight.data *= 2
+    torch.testing.assert_close(head.gram.gram, 4 * before)
