@@ -6,7 +6,6 @@ arithmetic on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -36,15 +35,15 @@ def block(
     top_k: int | None,
     work: Tensor,
     need_grad: bool,
-    teacher: Callable[[Tensor], Tensor] | None = None,
+    teacher: Tensor | None = None,
 ) -> RowTerms:
     """CE, KL(P ‖ S) at temperature T and −H of the top K of each row. z and delta are overwritten.
 
     If asked for, z becomes the gradient of CE + λ₁·T²·KL − λ₂·H. Without labels there is no CE, without delta no KL
     (one of them is there); with top_k None the entropy is that of the whole row, and λ₂ = 0 leaves it out.
 
-    z [b, V]; delta [b, V] is (Z_P − Z)/T; labels [b]; work [5, b, V], all of z's type. teacher(rows [f]) gives Z_P of
-    some rows [f, V], where that is known by itself: of a row far from it δ has lost digits.
+    z [b, V]; delta [b, V] is (Z_P − Z)/T; labels [b]; work [5, b, V], all of z's type. teacher [b, V] is Z_P, where it
+    is known by itself: of a row far from it δ has lost digits.
     """
     terms = RowTerms(*z.new_zeros(3, z.shape[0]))
     entropy = lambda_diversity != 0
@@ -59,7 +58,9 @@ def block(
     whole_entropy = entropy and top_k is None
     p_soft: Tensor | None = None  # softmax(Z / T)
     if delta is not None:
-        scaled = z if temperature == 1 else torch.mul(z, 1 / temperature, out=work[0])
+        scaled = z
+        if temperature != 1:  # a maximum of 0 first: rounding Z/T would cost exponents of a far larger Z their digits
+            scaled = torch.sub(z, highest, out=work[0]).mul_(1 / temperature)
         p_soft = torch.softmax(scaled, -1, out=work[1])
     p: Tensor | None = None  # softmax(Z)
     inverse_squares: Tensor | None = None
@@ -89,12 +90,11 @@ def block(
         near = (delta.amin(-1) >= -_FAR) & (delta.amax(-1) <= _FAR)
         if not near.all():  # a row with a NaN is far
             far = (~near).nonzero().squeeze(-1)
-            x = z[far] / temperature
-            x -= x.amax(-1, keepdim=True)
+            x = (z[far] - highest[far]) / temperature
             x_teacher = x + delta[far]
             if teacher is not None:
-                x_teacher = teacher(far) / temperature
-                x_teacher -= x_teacher.amax(-1, keepdim=True) + mean[far]
+                x_teacher = teacher[far].to(x)
+                x_teacher = (x_teacher - x_teacher.amax(-1, keepdim=True)) / temperature - mean[far]
             terms.kl[far], pull = _kl_far(p_soft[far], x, x_teacher, delta[far])
     if not need_grad:
         return terms
@@ -222,8 +222,8 @@ def softcap(z: Tensor, delta: Tensor | None, cap: float, slope: Tensor | None, w
     x.mul_(cap)
 
 
-def subtract_logits(teacher: Tensor, z: Tensor, temperature: float) -> None:
-    """δ/T = (Z_P − Z)/T in place of the teacher's logits, up to a constant of the row. Both [b, V].
+def subtract_logits(teacher: Tensor, z: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """δ/T = (Z_P − Z)/T, into ``out``, up to a constant of the row. All [b, V].
 
     The constant makes both maxima 0: so an entry below −1000 is one to which the teacher gives no probability. 0 where
     both are −∞, a masked vocabulary.
@@ -236,12 +236,12 @@ def subtract_logits(teacher: Tensor, z: Tensor, temperature: float) -> None:
         # The difference is as large as the offset, and loses digits to it: what rounding took is added again.
         difference, lost = _two_difference(teacher, z)
         lost -= _two_difference(*highest)[1]
-        teacher.copy_(difference.sub_(offset).add_(lost))
+        torch.sub(difference, offset, out=out).add_(lost)
     else:
-        teacher.sub_(z).sub_(offset)
+        torch.sub(teacher, z, out=out).sub_(offset)
     if both is not None:
-        teacher.masked_fill_(both, 0.0)
-    teacher.mul_(1 / temperature).clamp_min_(_MASKED)
+        out.masked_fill_(both, 0.0)
+    return out.mul_(1 / temperature).clamp_min_(_MASKED)
 
 
 def _two_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

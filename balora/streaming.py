@@ -205,7 +205,8 @@ class Run:
         half = new(chunk, vocab, dtype=torch.bfloat16) if narrow else None
         delta = new(chunk, vocab, dtype=self.dtype) if self.kl and not self.narrow_delta else None
         work = new(rows.BUFFERS, block, vocab, dtype=self.dtype)
-        wide_delta = new(block, vocab, dtype=self.dtype) if self.narrow_delta else None
+        apart = self.narrow_delta or self.own_head is not None
+        block_delta = new(block, vocab, dtype=self.dtype) if self.kl and apart else None
         slope = new(block, vocab, dtype=self.dtype) if self.head.softcap is not None else None
         found = self.hidden.new_zeros(3, dtype=_sum_dtype(z))
 
@@ -220,9 +221,9 @@ class Run:
             for first in range(0, stop - start, block):
                 here = slice(first, min(first + block, stop - start))
                 d = None if delta is None else delta[here]
-                if wide_delta is not None and half is not None:
-                    d = wide_delta[: here.stop - first].copy_(half[here])
-                terms = self._block(z[here], d, y[here], work, slope, start + first)
+                if self.narrow_delta and block_delta is not None and half is not None:
+                    d = block_delta[: here.stop - first].copy_(half[here])
+                terms = self._block(z[here], d, y[here], work, slope, block_delta)
                 found += torch.stack([t.sum() for t in terms]).to(found)
                 if self.narrow_grad and half is not None:
                     half[here] = z[here]
@@ -249,31 +250,21 @@ class Run:
             return None
         return self.linear.forward(t, self.linear.columns(t, with_bias=False), out)
 
-    def _teacher_rows(self, at: Tensor) -> Tensor:
-        """The logits of a teacher with its own head, of some of the rows that count. at [f] -> [f, V]."""
-        assert self.teacher_hidden is not None
-        assert self.teacher_linear is not None
-        assert self.own_head is not None
-        t = self.teacher_hidden[at if self.kept is None else self.kept[at]].to(self.dtype)
-        out = t.new_empty(len(t), self.vocab)
-        half_inputs = self.teacher_hidden.dtype == torch.bfloat16
-        self.teacher_linear.forward(t, self.teacher_linear.columns(t), out, bfloat16=half_inputs)
-        cap = self.own_head.softcap
-        return out if cap is None else out.div_(cap).tanh_().mul_(cap)
-
     def _block(
-        self, z: Tensor, delta: Tensor | None, y: Tensor, work: Tensor, slope: Tensor | None, first: int
+        self, z: Tensor, delta: Tensor | None, y: Tensor, work: Tensor, slope: Tensor | None, free: Tensor | None
     ) -> rows.RowTerms:
-        """Those rows, of which the first is the first-th that counts."""
+        """The terms of a block of rows; z becomes their gradient. ``free`` takes δ beside a teacher's own logits."""
         config, cap = self.config, self.head.softcap
         work = work[:, : len(z)]
         slope = None if slope is None else slope[: len(z)]
-        if self.own_head is not None and delta is not None:
+        teacher: Tensor | None = None
+        if self.own_head is not None and delta is not None and free is not None:
+            teacher = delta
             if self.own_head.softcap is not None:
-                rows.softcap(delta, None, self.own_head.softcap, None, work)
+                rows.softcap(teacher, None, self.own_head.softcap, None, work)
             if cap is not None:
                 rows.softcap(z, None, cap, slope, work)
-            rows.subtract_logits(delta, z, config.temperature)
+            delta = rows.subtract_logits(teacher, z, config.temperature, out=free[: len(z)])
         elif cap is not None:
             rows.softcap(z, delta, cap, slope, work)
             if delta is not None:
@@ -288,7 +279,7 @@ class Run:
             top_k=config.entropy_top_k if config.diversity == "topk" else None,
             work=work,
             need_grad=self.need_grad,
-            teacher=None if self.own_head is None else lambda far: self._teacher_rows(far + first),
+            teacher=teacher,
         )
         if slope is not None and self.need_grad:
             z.mul_(slope)
@@ -425,15 +416,10 @@ def _consistency(
         if buffers is None:
             buffers = z.new_empty(rows.BUFFERS + 2, size, z.shape[1], dtype=wide)
         work = buffers[:, :size]
-        block, delta = work[-2].copy_(z[at]), work[-1].copy_(z_teacher[at])
-        rows.subtract_logits(delta, block, temperature)
-
-        def teacher_rows(far: Tensor, at: Any = at) -> Tensor:
-            return z_teacher[at][far].to(wide)
-
+        block, teacher = work[-2].copy_(z[at]), z_teacher[at].to(wide)
         terms = rows.block(
             block,
-            delta,
+            rows.subtract_logits(teacher, block, temperature, out=work[-1]),
             None,
             lambda_consistency=scale,
             lambda_diversity=0.0,
@@ -441,7 +427,7 @@ def _consistency(
             top_k=None,
             work=work,
             need_grad=out is not None,
-            teacher=teacher_rows,
+            teacher=teacher,
         )
         total += terms.kl.sum()
         if out is not None:
