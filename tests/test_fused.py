@@ -105,7 +105,46 @@ def test_bf16_consistency_within_two_percent(distance):
 
 
 @no_cover
-@pytest.mark.parametrize("shape", [(3, 2, 2), (2, 5, 64), (2, 5, 65), (5, 3, 4097)])
+@pytest.mark.parametrize("temperature", [0.7, 3.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_other_temperatures_in_half_precision(small_tiles, dtype, temperature):
+    config = replace(ALL, temperature=temperature)
+    test_streaming.check(problem(9, 16, 301, dtype=dtype, ignored=2), config, dtype, impl="triton")
+
+
+@no_cover
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 400), (torch.bfloat16, 12_000), (torch.float16, 12_000)])
+def test_large_logits(small_tiles, dtype, size):
+    """One-hot rows, most of them, of which the teacher's are others."""
+    hidden, teacher, weight, labels = problem(9, 16, 301, dtype=dtype, distance=1.0)
+    factor = size / (hidden @ weight.T).abs().max()
+    inputs = (factor * hidden, factor * teacher, weight, labels)
+    test_streaming.check(inputs, replace(ALL, lambda_svd=0.0), dtype, impl="triton")
+
+
+@no_cover
+@pytest.mark.parametrize("wide", ["hidden", "weight"])
+def test_a_head_of_another_type(small_tiles, wide):
+    hidden, teacher, weight, labels = problem(9, 16, 301, dtype=torch.bfloat16, ignored=2)
+    if wide == "hidden":
+        hidden, teacher = hidden.float(), teacher.float()
+    else:
+        weight = weight.float()
+    test_streaming.check((hidden, teacher, weight, labels), ALL, hidden.dtype, impl="triton")
+
+
+@no_cover
+def test_hidden_states_of_any_stride(small_tiles):
+    hidden, teacher, weight, labels = problem(9, 16, 301, dtype=torch.float32, ignored=2)
+    expected, grad = run(hidden, teacher, weight, labels, ALL, "triton")
+    every_other = torch.zeros(9, 32)[:, ::2].copy_(hidden)
+    found, found_grad = run(every_other, teacher.T.contiguous().T, weight.T.contiguous().T, labels, ALL, "triton")
+    torch.testing.assert_close(tuple(found), tuple(expected))
+    torch.testing.assert_close(found_grad, grad)
+
+
+@no_cover
+@pytest.mark.parametrize("shape", [(1, 16, 301), (3, 2, 2), (2, 5, 64), (2, 5, 65), (5, 3, 4097)])
 def test_awkward_shapes(shape):
     for dtype in (torch.float32, torch.bfloat16):
         test_streaming.check(problem(*shape, dtype=dtype), replace(ALL, entropy_top_k=20), dtype, impl="triton")
@@ -328,10 +367,11 @@ def test_the_svd_term_as_on_a_device(monkeypatch, small_tiles, kind, masked):
     found, grads = test_head.evaluate(inputs, other, teacher, labels, ALL_TERMS, "triton", **kwargs)
     exact, exact_grads = test_head.evaluate(inputs, other, teacher, labels, ALL_TERMS, "reference", wide=True, **kwargs)
     assert used[0] is not None
-    assert found.svd.item() == pytest.approx(exact.svd.item(), rel=1e-4 if torch.cuda.is_available() else 1e-5)
+    close, close_grad = (1e-4, 2e-3) if torch.cuda.is_available() else (1e-6, 2e-6)
+    assert found.svd.item() == pytest.approx(exact.svd.item(), rel=close)
     assert found.n_valid == exact.n_valid
     for name, grad in grads.items():
-        assert (grad - exact_grads[name]).norm() < 2e-3 * exact_grads[name].norm(), name
+        assert (grad - exact_grads[name]).norm() < close_grad * exact_grads[name].norm(), name
 
 
 def test_what_a_captured_graph_cannot_do(monkeypatch):

@@ -233,7 +233,7 @@ def test_inverse_factor(n):
     a = spectrum(n, 1)
     found = eigh.inverse_factor(a)
     assert not found.triu(1).any()
-    torch.testing.assert_close(found @ a @ found.T, torch.eye(n, device=DEVICE), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found @ a @ found.T, torch.eye(n, device=DEVICE), rtol=0, atol=1e-5)
     if n > 1:
         a[:, 1] = a[1, :] = 0.0  # a direction that is not there
         found = eigh.inverse_factor(a)
@@ -241,9 +241,12 @@ def test_inverse_factor(n):
         assert not found[1].any()
 
 
-@pytest.mark.parametrize(("d", "rows", "rank"), [(40, 100, 10), (150, 300, 10), (150, 7, 10), (200, 400, 40)])
-def test_the_svd_term_without_waiting_for_the_device(d, rows, rank):
-    """On a spectrum that falls, of full rank and of low."""
+@pytest.mark.parametrize(
+    ("d", "rows", "rank", "close"),
+    [(40, 100, 10, 2e-5), (150, 300, 10, 1e-3), (150, 7, 10, 2e-4), (200, 400, 40, 3e-3)],
+)
+def test_the_svd_term_without_waiting_for_the_device(d, rows, rank, close):
+    """On a spectrum that falls, of full rank and of low. From d = 65 on the iteration leaves a rest of the gradient."""
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, d, generator=g) * torch.logspace(0, -2, d)
     weight = torch.randn(500, d, generator=g)
@@ -254,8 +257,8 @@ def test_the_svd_term_without_waiting_for_the_device(d, rows, rank):
     head = spectral.HeadGram(*(m.float().to(DEVICE) for m in head))
     s = (hidden.T @ hidden).to(DEVICE)
     term = spectral.svd_term(s, head, min(rank, count), min(rows, 500), small=eigh)
-    assert term.value.item() == pytest.approx(exact.item(), rel=1e-4)
+    assert term.value.item() == pytest.approx(exact.item(), rel=5e-5)
     (exact_grad,) = torch.autograd.grad(exact, exact_z)
     exact_grad = exact_grad @ weight.double()
     grad = hidden @ spectral.gradient_matrix(term, head).cpu()
-    assert (grad - exact_grad).norm() < 2e-2 * exact_grad.norm()
+    assert (grad - exact_grad).norm() < close * exact_grad.norm()
