@@ -81,6 +81,8 @@ def _command(base, required):
     """The command build_ext, of torch; where the compiler fails, balora stays pure Python unless ``required``."""
 
     class Build(base):
+        failed = False
+
         def build_extensions(self):
             optional = [extension.optional for extension in self.extensions]
             for extension in self.extensions:
@@ -90,12 +92,22 @@ def _command(base, required):
             except Exception as error:
                 if required:
                     raise
-                for extension in self.extensions:  # of an earlier build
-                    Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+                self.failed = True
+                self._remove_earlier()
                 print(f"balora: without its compiled extension: it could not be built: {error}")
             finally:
                 for extension, was in zip(self.extensions, optional, strict=True):
                     extension.optional = was  # then its file may be missing
+
+        def copy_extensions_to_source(self):  # of an editable installation
+            super().copy_extensions_to_source()
+            if self.failed:
+                self._remove_earlier()
+
+        def _remove_earlier(self):
+            """What an earlier build has left where this one would put its files."""
+            for extension in self.extensions:
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
 
     return Build
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -396,25 +397,28 @@ def test_architectures_for_which_the_kernels_do_not_compile_are_dropped(build, c
 
 
 @pytest.mark.parametrize("error", [RuntimeError, CompileError])  # ninja's, and what setuptools passes over
-def test_a_compiler_that_fails(build, tmp_path, capsys, error):
+@pytest.mark.parametrize("inplace", [False, True])  # as an editable installation does
+def test_a_compiler_that_fails(build, tmp_path, monkeypatch, capsys, error, inplace):
     class Fails(build_ext):
-        def get_ext_fullpath(self, name):
-            return str(tmp_path / "_C.so")
-
         def build_extension(self, extension):
             raise error("no compiler")
 
     def command(required):
         extension = Extension("balora._C", [], optional=not required)
-        found = build._command(Fails, required)(Distribution({"ext_modules": [extension]}))
-        found.extensions = [extension]
+        found = build._command(Fails, required)(Distribution({"packages": ["balora"], "ext_modules": [extension]}))
+        found.inplace, found.build_lib, found.build_temp = inplace, "built", "temporary"
+        found.ensure_finalized()
         return found
 
-    (tmp_path / "_C.so").touch()
+    monkeypatch.chdir(tmp_path)
+    name = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+    earlier = [Path(folder, "balora", name) for folder in (".", "built")]
+    for file in earlier:
+        file.parent.mkdir(parents=True)
+        file.touch()
     with pytest.raises(error, match="no compiler"):
-        command(required=True).build_extensions()
-    optional = command(required=False)
-    optional.build_extensions()
+        command(required=True).run()
+    assert all(file.exists() for file in earlier)
+    command(required=False).run()
     assert "without its compiled extension: it could not be built: no compiler" in capsys.readouterr().out
-    assert not (tmp_path / "_C.so").exists()
-    assert optional.extensions[0].optional  # its file is not asked for
+    assert [file.exists() for file in earlier] == [not inplace, False]
