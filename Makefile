@@ -85,14 +85,13 @@ gpu-cost:
 	    --out $(RESULTS)/gpu/training-cost-$$model-checkpointing-$$checkpointing || failed=1; \
 	done; done; exit $$failed
 
-NCU := ncu --set full --clock-control none --metrics sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active \
-  --profile-from-start off --csv --page raw --log-file runs/ncu.csv
+NCU = ncu --clock-control none --metrics $$metrics --profile-from-start off --csv --page raw --log-file runs/ncu.csv
 
 gpu-profiles:
 	mkdir -p runs $(RESULTS)
 	$(GPU) benchmarks/profiles.py --out $(PICTURES) --results $(RESULTS)
 	if command -v ncu > /dev/null; then \
-	  kernels=$$($(GPU) benchmarks/ncu_table.py --kernels) || exit 1; \
+	  kernels=$$($(GPU) benchmarks/ncu_table.py --kernels) && metrics=$$($(GPU) benchmarks/ncu_table.py --metrics) || exit 1; \
 	  $(GPU:$(PYTHON)=$(NCU) -k "regex:$$kernels" $(PYTHON)) benchmarks/profiles.py --once && \
 	  $(GPU) benchmarks/ncu_table.py runs/ncu.csv $(RESULTS)/profiles-ncu.csv || \
 	  echo "skipped: ncu failed, so there are no counters of single kernels (may this user read them?)"; \

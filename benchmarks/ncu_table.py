@@ -3,6 +3,7 @@
 ncu … --csv --page raw --log-file FULL.csv python benchmarks/profiles.py --once
 python benchmarks/ncu_table.py FULL.csv OUT.csv
 python benchmarks/ncu_table.py --kernels     # a regular expression of their names, for ncu's -k regex:
+python benchmarks/ncu_table.py --metrics     # what the table needs, for ncu's --metrics: a full set takes 40 passes a launch
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ def table(text: str) -> list[dict[str, str]]:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--kernels"]:
         print(f"^({'|'.join(sorted(kernel_counts.kernels_of_the_sources()))})$")
+        raise SystemExit
+    if sys.argv[1:] == ["--metrics"]:
+        print(",".join(METRICS))
         raise SystemExit
     source, target = map(Path, sys.argv[1:])
     rows = table(source.read_text(encoding="utf-8"))

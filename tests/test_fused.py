@@ -211,7 +211,9 @@ def test_rows_of_any_stride(small_tiles, name):
         leaf, shaped, mask = there("triton", view.detach(), shaped, valid)
         found = loss(leaf.requires_grad_(), shaped, impl="triton", valid=mask)
         (found * 3).backward()
-        assert torch.equal(found.cpu(), expected.cpu())
+        # a compiled kernel sums the K largest in the order that the strides suggest
+        close = 1e-6 if torch.cuda.is_available() else 0
+        torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=close, atol=0)
         torch.testing.assert_close(leaf.grad.reshape(8, 90).cpu(), 3 * grad)
 
 

@@ -264,9 +264,17 @@ def _cpu_name() -> str:
     return f"{name} ({', '.join(features)})" if features else name
 
 
+_told = time.monotonic()  # when ``progress`` last printed a line
+
+
 def progress(text: str) -> None:
+    """On a terminal in place; else, as in a log, a line in twenty seconds at the most."""
+    global _told
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    elif text and time.monotonic() - _told > 20:
+        _told = time.monotonic()
+        print(f"{time.strftime('%X')} {text}", file=sys.stderr, flush=True)
 
 
 def table(rows: list[dict], columns: dict[str, str]) -> str:

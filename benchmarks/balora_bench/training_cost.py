@@ -29,6 +29,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -139,9 +140,10 @@ class Child:
             return "killed by SIGKILL, as where memory ends"
         self.errors.seek(0)
         text = self.errors.read().strip()
-        print(text, file=sys.stderr, flush=True)  # the table has the last line alone
+        print(text, file=sys.stderr, flush=True)  # the table has one line alone
         lines = text.splitlines()
-        return lines[-1][:160] if lines else f"ended with status {self.process.returncode}"
+        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]  # CUDA's say more below
+        return (errors or lines)[-1][:160] if lines else f"ended with status {self.process.returncode}"
 
     def end(self) -> None:
         self._stop()

@@ -127,7 +127,7 @@ def test_a_side_stream(ops):
 def test_large_matrices(ops, shape, dtype, oversample):
     a = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     a = (a * torch.arange(1, shape[2] + 1, device="cuda") ** -0.7).to(dtype)
-    u, s, vh, squares = ops.randomized_svd(a, 10, oversample, 4, 0)
+    u, s, vh, squares = ops.randomized_svd(a, 10, oversample, 8, 0)  # of 4 iterations the sketch leaves 1e-4
     exact_squares = a.double().square().sum((1, 2))
     torch.testing.assert_close(squares, exact_squares, rtol=1e-6, atol=0)
     assert_orthonormal(u.cpu(), vh.cpu())
@@ -135,7 +135,7 @@ def test_large_matrices(ops, shape, dtype, oversample):
     gram = wide @ wide.mT if shape[1] < shape[2] else wide.mT @ wide
     exact = torch.linalg.eigvalsh(gram).flip(-1)[:, : s.shape[1]].clamp_min(0).sqrt()
     torch.manual_seed(0)  # at the same cost
-    peer = torch.svd_lowrank(a.float(), q=min(10 + oversample, *shape[1:]), niter=4)[1][:, : s.shape[1]]
+    peer = torch.svd_lowrank(a.float(), q=min(10 + oversample, *shape[1:]), niter=8)[1][:, : s.shape[1]]
     allowed = 2 * (peer - exact).abs().amax(1, keepdim=True) + 1e-5 * exact[:, :1]
     assert ((s - exact).abs() <= allowed).all()
 
