@@ -14,8 +14,9 @@ from .four_bit import without_hub_kernels
 from .functional import BALoraOutput, LinearHead
 
 if TYPE_CHECKING:
+    from .attachment import set_progress
     from .export import export_lora
-    from .modeling import attach, detach, set_progress
+    from .modeling import attach, detach
     from .pissa import get_pissa_model, teacher
     from .quantized import load_quantized, quantize
 
@@ -42,7 +43,7 @@ dispatch.extension()  # where it is built, torch.ops.balora.randomized_svd and l
 _LAZY = {
     "attach": "modeling",
     "detach": "modeling",
-    "set_progress": "modeling",
+    "set_progress": "attachment",
     "export_lora": "export",
     "get_pissa_model": "pissa",
     "teacher": "pissa",

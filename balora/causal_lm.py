@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from .attachment import Attachment, at_least_one, check_no_cache
+from .checks import IGNORE_INDEX
 from .config import BALoraConfig
-from .functional import IGNORE_INDEX, BALoraOutput, linear_objective, logits_objective
+from .functional import BALoraOutput, linear_objective, logits_objective
 from .output_layer import decoder_of, heads_now, without_adapter
 from .pissa import teacher
 from .sharding import hooked, within

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from . import sources
-from .functional import IGNORE_INDEX
+from .checks import IGNORE_INDEX
 from .sources import check_unicode, short, text_of
 from .tokenized import Examples, Tokenized
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .attachment import Attachment, check_no_cache
 from .causal_lm import from_logits, head_objective
+from .checks import IGNORE_INDEX
 from .config import BALoraConfig
-from .functional import IGNORE_INDEX, BALoraOutput
+from .functional import BALoraOutput
 from .output_layer import run_to_head
 from .pissa import teacher
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .functional import IGNORE_INDEX, consistency_loss
+from .checks import IGNORE_INDEX
+from .functional import consistency_loss
 
 WINDOW = 256  # tokens of a window of running text, at most
 

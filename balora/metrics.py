@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .functional import IGNORE_INDEX
+from .checks import IGNORE_INDEX
 
 _NAMED_CLASSES = 10  # with more classes than these, their recalls would drown the rest of a log
 

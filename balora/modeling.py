@@ -19,13 +19,11 @@ from torch import nn
 
 from . import causal_lm, encoder_decoder, four_bit, sequence_classifier
 from .adapters import RESIDUAL_BASE, form_of, warn_of_rounding
-from .attachment import Attachment, attachment, by_name, find, set_progress
+from .attachment import Attachment, attachment, by_name, find
+from .checks import IGNORE_INDEX
 from .config import BALoraConfig
-from .functional import IGNORE_INDEX
 from .output_layer import Heads, decoder_of, difference, heads_of
 from .sharding import check_weights_whole, partitioned, whole
-
-__all__ = ["attach", "attachment", "detach", "set_progress"]
 
 # peft initializations that write to the base weights: with the adapters off, such a model is not the pre-trained one.
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal", "lora_ga")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, reference
+from .attachment import attachment
+from .checks import IGNORE_INDEX
 from .config import BALoraConfig
-from .modeling import attachment
 from .output_layer import decoder_of, heads_of
 from .pissa import evaluating, teacher
 
@@ -132,7 +133,7 @@ def _taken(rows: Iterable[Mapping[str, Any]]) -> tuple[list[tuple[Tensor, Tensor
             break
         ids, labels = _ids_and_labels(row)
         ids, labels = ids[:-1], labels[1:]  # position t is scored against label t + 1
-        scored = (labels != functional.IGNORE_INDEX).nonzero().squeeze(-1)[:left]
+        scored = (labels != IGNORE_INDEX).nonzero().squeeze(-1)[:left]
         if len(scored):
             end = int(scored[-1]) + 1
             taken.append((ids[:end], labels[:end], scored))
@@ -149,7 +150,7 @@ def _ids_and_labels(row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         return ids, torch.as_tensor(row["labels"], dtype=torch.int64).cpu()
     # A collator makes the labels of the ids, such as DataCollatorForLanguageModeling: all but the padding.
     real = torch.as_tensor(row.get("attention_mask", torch.ones_like(ids))).cpu()
-    return ids, ids.masked_fill(real == 0, functional.IGNORE_INDEX)
+    return ids, ids.masked_fill(real == 0, IGNORE_INDEX)
 
 
 def _tiles(hidden: Tensor, head: functional.LinearHead) -> Iterator[Tensor]:

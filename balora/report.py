@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from . import __version__, dispatch
-from .modeling import attachment
+from .attachment import attachment
 from .page import Run, render
 from .probe import ROWS, Measured, Probe
 

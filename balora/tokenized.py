@@ -10,7 +10,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from .functional import IGNORE_INDEX
+from .checks import IGNORE_INDEX
 
 _NAMED = 5  # skipped rows that the summary names
 

@@ -20,9 +20,10 @@ from transformers import (
 
 from . import _import, quantized, resume, tasks
 from .adapters import FROZEN, RESIDUAL_BASE
+from .attachment import attachment
 from .config import BALoraConfig
 from .export import export_lora, how_to_load
-from .modeling import attach, attachment
+from .modeling import attach
 from .pissa import get_pissa_model, principal_errors
 from .resume import CLASSES, LORA, RECIPE
 from .sharding import sharded

@@ -35,8 +35,8 @@ from .adapters import (
     shard_frozen_factors,
     warn_of_rounding,
 )
+from .attachment import attachment, set_progress
 from .functional import BALoraOutput
-from .modeling import attachment, set_progress
 from .sharding import check_engine
 
 _TERMS = ("ce", "consistency", "diversity", "svd")

@@ -8,7 +8,7 @@ import torch
 
 import balora
 from balora import BALoraConfig, probe, reference
-from balora.modeling import attachment
+from balora.attachment import attachment
 from balora.probe import Probe
 
 from .architectures import block_layers, tiny
