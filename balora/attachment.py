@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .checks import check_whole
 from .config import BALoraConfig
 from .output_layer import Heads
 
@@ -67,11 +68,10 @@ def attachment(model: nn.Module) -> tuple[Any, Attachment]:
 def set_progress(peft_model: nn.Module, step: int, max_steps: int) -> None:
     """Tell an attached model that optimizer step ``step`` (0 to ``max_steps``) is next, for the schedules of λ."""
     _, state = attachment(peft_model)
-    for name, value in (("step", step), ("max_steps", max_steps)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected a whole number, found {value!r} of type {type(value).__name__}")
-    if max_steps < 1 or not 0 <= step <= max_steps:
-        raise ValueError(f"step, max_steps: expected 0 to max_steps, and 1 or more, found {step} and {max_steps}")
+    check_whole("step", step, least=0)
+    check_whole("max_steps", max_steps)
+    if step > max_steps:
+        raise ValueError(f"step: expected at most max_steps, which is {max_steps}, found {step}")
     state.progress = (step, max_steps)
 
 

@@ -18,12 +18,12 @@ def describe(value: Any) -> str:
     return f"{value!r} of type {type(value).__name__}"
 
 
-def check_whole(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a whole number of at least 1."""
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    """Raise unless ``value`` is a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected a whole number, found {value!r} of type {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, found {value!r}")
+        raise TypeError(f"{name}: expected a whole number, found {describe(value)}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, found {value!r}")
 
 
 def check_rank(name: str, value: Any) -> None:
@@ -44,9 +44,8 @@ def check_number(name: str, value: Any) -> None:
 
 def check_positive(name: str, value: Any) -> None:
     """Raise unless ``value`` is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, found {describe(value)}")
-    if not (math.isfinite(value) and value > 0):
+    check_number(name, value)
+    if value <= 0:
         raise ValueError(f"{name}: expected a finite number above 0, found {value!r}")
 
 

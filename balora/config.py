@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from .checks import check_number, check_rank, check_whole
+from .checks import check_number, check_positive, check_rank, check_whole
 
 _CHOICES = {
     "task": ("nlg", "nlu"),
@@ -128,13 +128,12 @@ class BALoraConfig:
                 f"teacher_head: expected 'current' with task='nlg', whose teacher always has the pre-trained head, "
                 f"found {self.teacher_head!r}"
             )
-        for name in ("lambda_consistency", "lambda_diversity", "lambda_svd", "temperature", "svd_variance"):
+        for name in ("lambda_consistency", "lambda_diversity", "lambda_svd", "svd_variance"):
             check_number(name, getattr(self, name))
         for name in ("lambda_consistency", "lambda_diversity", "lambda_svd"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a weight of at least 0, found {getattr(self, name)!r}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature: expected a number above 0, found {self.temperature!r}")
+        check_positive("temperature", self.temperature)
         check_whole("entropy_top_k", self.entropy_top_k)
         check_rank("svd_rank", self.svd_rank)
         for name in ("focus_warmup", "focus_ramp"):

@@ -313,10 +313,9 @@ def randomized_svd(
         raise ValueError(f"a: expected the shape [..., m, n] with m and n of at least 1, found {describe(a)}")
     check_whole("rank", rank)
     for name, value in (("oversample", oversample), ("n_iter", n_iter), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected a whole number, found {describe(value)}")
-        if not 0 <= value < 2**63:
-            raise ValueError(f"{name}: expected 0 or more, below 2**63, found {value!r}")
+        check_whole(name, value, least=0)
+        if value >= 2**63:
+            raise ValueError(f"{name}: expected a number below 2**63, found {value!r}")
     oversample = min(oversample, max(a.shape[-2:]))
     with torch.autocast(a.device.type, enabled=False), float32_products():
         if impl == "reference":

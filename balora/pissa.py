@@ -35,7 +35,7 @@ from .adapters import (
     pretrained_weight,
     subtract,
 )
-from .checks import check_whole
+from .checks import check_positive, check_whole
 from .four_bit import is_4bit, stored_type
 from .sharding import check_weights_whole, partitioned, whole
 from .targets import LINEAR, check_hits, checked_targets, default_targets, fused_error
@@ -114,8 +114,7 @@ def get_pissa_model(
     if getattr(getattr(model, "config", None), RESIDUAL_BASE, None):
         raise ValueError("model: its weights are W_res of balora.quantize; load it with balora.load_quantized")
     check_whole("r", r)
-    if not (isinstance(lora_alpha, (int, float)) and math.isfinite(lora_alpha) and lora_alpha > 0):
-        raise ValueError(f"lora_alpha: expected a finite number above 0, found {lora_alpha!r}")
+    check_positive("lora_alpha", lora_alpha)
     if form not in VARIANTS:
         raise ValueError(f"form: expected 'offset' or 'residual', found {form!r}")
     if form == "residual" and lora_config.get("lora_dropout"):

@@ -83,7 +83,15 @@ MAY_IMPORT = {
     "principal": {"torch", "balora.functional"},
     "four_bit": {"torch", "bitsandbytes"},
     "adapter_paths": {"torch"},
-    "adapters": {"torch", "peft", "safetensors", "balora.adapter_paths", "balora.four_bit", "balora.sharding"},
+    "adapters": {
+        "torch",
+        "peft",
+        "safetensors",
+        "balora.adapter_paths",
+        "balora.checkpoints",
+        "balora.four_bit",
+        "balora.sharding",
+    },
     "sharding": {"torch", "transformers", "deepspeed"},
     "targets": {"torch", "transformers"},
     "pissa": {
@@ -106,6 +114,7 @@ MAY_IMPORT = {
         "tqdm",
         "transformers",
         "balora.adapters",
+        "balora.checkpoints",
         "balora.four_bit",
         "balora.pissa",
         "balora.sources",
@@ -119,7 +128,7 @@ MAY_IMPORT = {
         "balora.pissa",
         "balora.reference",
     },
-    "attachment": {"torch", "balora.config", "balora.output_layer"},
+    "attachment": {"torch", "balora.checks", "balora.config", "balora.output_layer"},
     "causal_lm": {
         "torch",
         "transformers",
