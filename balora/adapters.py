@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 
 from .adapter_paths import FrozenPath, OffsetPath, ResidualPath, product_dtype
+from .checkpoints import WEIGHTS
 from .four_bit import dequantized, is_4bit
 from .sharding import full, partitioned
 
@@ -205,7 +206,7 @@ def restore_frozen_factors(model: nn.Module, folder: str | Path) -> None:
 
     All processes have to ask, and see the folder; where it has no adapters beside those files, these are complete.
     """
-    path = Path(folder) / "adapter_model.safetensors"
+    path = Path(folder) / WEIGHTS
     layers = [
         (n, m)
         for n, m in model.named_modules()
@@ -362,9 +363,9 @@ def checkpoint_form(folder: str | Path) -> str | None:
     Raises:
         FileNotFoundError: the folder has no such file.
     """
-    path = Path(folder) / "adapter_model.safetensors"
+    path = Path(folder) / WEIGHTS
     if not path.is_file():
-        raise FileNotFoundError(f"folder: expected adapter_model.safetensors in {folder}, found none")
+        raise FileNotFoundError(f"folder: expected {WEIGHTS} in {folder}, found none")
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
     return next((form for form, (a0, _) in FROZEN.items() if any(f".{a0}" in name for name in names)), None)

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from . import four_bit
 from .adapters import ADAPTER, FROZEN, RESIDUAL_BASE, ResidualVariant, base_weight, form_of, pretrained_weight
+from .checkpoints import WEIGHTS
 from .four_bit import is_4bit, nf4
 from .pissa import get_pissa_model
 from .sources import not_loaded
@@ -247,7 +248,7 @@ def with_initial_adapter(model: nn.Module, folder: str | Path) -> peft.PeftModel
     config = initial_config(folder)
     config.init_lora_weights, config.inference_mode = False, False
     config.base_model_name_or_path = getattr(model, "name_or_path", None)  # this folder; peft warns of another
-    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors = load_file(adapter / WEIGHTS)
     four_bit.prepare(model)
     wrapped = peft.get_peft_model(model, config)
     for name, layer in wrapped.named_modules():
@@ -269,7 +270,7 @@ def initial_config(folder: str | Path) -> peft.LoraConfig:
         ValueError: there is none.
     """
     path = Path(folder) / FOLDER
-    if not all((path / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
+    if not all((path / name).is_file() for name in ("adapter_config.json", WEIGHTS)):
         raise ValueError(f"model: expected the adapter of {folder} in {path}, found none; W_res alone is no model")
     return peft.LoraConfig.from_pretrained(path)
 
