@@ -58,14 +58,21 @@ def check_normalizer(normalizer: Any) -> None:
         check_positive("normalizer", normalizer)
 
 
-def check_label_range(labels: Tensor, vocab: int) -> None:
-    """Raise unless every label is below ``vocab``; on a device this waits."""
-    if labels.numel() == 0:
-        return
-    low, high = torch.stack(labels.aminmax()).tolist()  # at once
-    if low < 0 or high >= vocab:
-        worst = low if low < 0 else high
-        raise ValueError(f"labels: expected {IGNORE_INDEX} or 0 to {vocab - 1} (the vocabulary), found {worst}")
+def valid_rows(labels: Tensor, vocab: int) -> Tensor | None:
+    """Places of the labels that count [N], None for all of them; raise unless these are below ``vocab``.
+
+    On a device this waits. labels [M].
+    """
+    kept = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
+    all_count = len(kept) == len(labels)
+    if not all_count:
+        labels = labels[kept]
+    if len(labels):
+        low, high = torch.stack(labels.aminmax()).tolist()  # at once
+        if low < 0 or high >= vocab:
+            worst = low if low < 0 else high
+            raise ValueError(f"labels: expected {IGNORE_INDEX} or 0 to {vocab - 1} (the vocabulary), found {worst}")
+    return None if all_count else kept
 
 
 def as_scalar(value: Tensor | float, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

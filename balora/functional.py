@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from . import dispatch, fused, operators, reference, spectral, streaming
-from .checks import IGNORE_INDEX, as_scalar, check_label_range, check_normalizer, check_whole, describe
+from .checks import IGNORE_INDEX, as_scalar, check_normalizer, check_whole, describe, valid_rows
 from .config import BALoraConfig, rank_of
 from .head import LinearHead
 from .losses import consistency_loss, covariance_loss, diversity_loss, svd_loss
-from .objective import BALoraOutput, logits_objective, regression_objective
+from .objective import BALoraOutput, logits_objective, regression_objective, weighted
 from .precision import float32_products
 
 __all__ = [
@@ -96,23 +96,23 @@ def linear_objective(
     teacher_rows = None
     if config.lambda_consistency != 0 and teacher_hidden is not None:
         teacher_rows = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
-    regression = labels.is_floating_point()
+    if labels.is_floating_point():  # of a single column of logits there is nothing to stream
+        with torch.autocast(hidden.device.type, enabled=False):
+            z = _logits(hidden_rows, head)
+            z_teacher = None if teacher_rows is None else _logits(teacher_rows, own_head or head)
+        return regression_objective(z, z_teacher, label_rows, config, normalizer)
+    label_rows = label_rows.long()
     # The rows that do not count are left out before the products: that waits for the device, for their number and for
     # the range of the labels. Where a CUDA graph is captured nothing can wait; they are computed then, and masked.
-    compiled = impl != "reference" and not regression and torch.compiler.is_compiling()  # then an operator does that
-    masked = not compiled and impl == "triton" and not regression and _is_captured(hidden)
-    kept = None
-    if not (regression or masked or compiled):
-        kept = (label_rows != IGNORE_INDEX).nonzero().squeeze(-1)  # [N]
-    n: int | Tensor = len(label_rows) if kept is None else len(kept)
-    if not regression:
-        label_rows = label_rows.long()
+    compiled = impl != "reference" and torch.compiler.is_compiling()  # then an operator does that
+    masked = not compiled and impl == "triton" and _is_captured(hidden)
+    kept: Tensor | None = None
+    n: int | Tensor
     if masked or compiled:
         n = (label_rows != IGNORE_INDEX).sum()
-    if kept is not None:
-        check_label_range(label_rows if n == len(label_rows) else label_rows[kept], head.weight.shape[0])
-        if n == len(label_rows):
-            kept = None
+    else:
+        kept = valid_rows(label_rows, head.weight.shape[0])
+        n = len(label_rows) if kept is None else len(kept)
     if normalizer is None:
         normalizer = n.clamp_min(1) if isinstance(n, Tensor) else max(n, 1)
     norm = as_scalar(normalizer, hidden.device)
@@ -120,13 +120,13 @@ def linear_objective(
     grad_enabled = torch.is_grad_enabled()  # within a Function it never is
     # Autocast would round the logits to half precision; the objective is float32 arithmetic whatever surrounds it.
     with torch.autocast(hidden.device.type, enabled=False):
-        if regression:
-            sums = _regression_sums(hidden_rows, teacher_rows, head, own_head, label_rows, config)
-        elif impl == "reference":
+        if impl == "reference":
             if kept is not None:
                 hidden_rows, label_rows = hidden_rows[kept], label_rows[kept]
                 teacher_rows = None if teacher_rows is None else teacher_rows[kept]
             sums = _reference_sums(hidden_rows, teacher_rows, head, own_head, label_rows, config)
+            terms = [t / norm.to(t.dtype) for t in sums]
+            loss = weighted(config, *terms)
         else:
             how = f"compiled {impl}" if compiled else "masked" if masked else impl
             loss, *terms = _Objective.apply(
@@ -142,17 +142,13 @@ def linear_objective(
                 grad_enabled,
                 how,
             )
-        if regression or impl == "reference":
-            ce, consistency, diversity, svd = terms = [t / norm.to(t.dtype) for t in sums]
-            loss = ce + config.lambda_consistency * consistency
-            loss = loss + config.lambda_diversity * diversity + config.lambda_svd * svd
     ce, consistency, diversity, svd = (t.detach() for t in terms)
     return BALoraOutput(
         loss,
         ce,
         consistency if config.lambda_consistency != 0 else None,
-        diversity if config.lambda_diversity != 0 and not regression else None,
-        svd if config.lambda_svd != 0 and not regression else None,
+        diversity if config.lambda_diversity != 0 else None,
+        svd if config.lambda_svd != 0 else None,
         as_scalar(n, hidden.device, torch.int64),
     )
 
@@ -202,27 +198,6 @@ def _reference_sums(
     return [ce, consistency, diversity, svd]
 
 
-def _regression_sums(
-    hidden: Tensor,
-    teacher_hidden: Tensor | None,
-    head: LinearHead,
-    own_head: LinearHead | None,
-    labels: Tensor,
-    config: BALoraConfig,
-) -> list[Tensor]:
-    """A single column of logits: there is nothing to stream, autograd does it."""
-    z = _logits(hidden, head).squeeze(-1)
-    zero = torch.zeros_like(z).sum()
-    consistency = zero
-    if teacher_hidden is not None:
-        z_teacher = _logits(teacher_hidden, own_head or head).squeeze(-1).detach()
-        if config.consistency == "kl":
-            consistency = reference.squared_error(z, z_teacher)
-        else:
-            consistency = len(z) * reference.normalized_mse(z[:, None], z_teacher[:, None])
-    return [reference.squared_error(z, labels.to(z.dtype)), consistency, zero, zero]
-
-
 def _logits(hidden: Tensor, head: LinearHead) -> Tensor:
     return reference.logits(hidden, head.weight, head.bias, head.softcap, head.scale, head.lora)
 
@@ -238,18 +213,16 @@ class _Objective(torch.autograd.Function):
         need = tuple(asked and grad for asked in ctx.needs_input_grad[:5])
         inputs = hidden, teacher_hidden, head, own_head, labels
         if how.startswith("compiled "):
-            terms, gradients = operators.linear_objective(*inputs, config, need, norm, how.removeprefix("compiled "))
+            sums, gradients = operators.linear_objective(*inputs, config, need, norm, how.removeprefix("compiled "))
         elif how == "streaming":
-            terms, gradients = streaming.objective(*inputs, kept, config, need, norm)
+            sums, gradients = streaming.objective(*inputs, kept, config, need, norm)
         else:
-            terms, gradients = fused.objective(*inputs, kept, config, need, norm, masked=how == "masked")
+            sums, gradients = fused.objective(*inputs, kept, config, need, norm, masked=how == "masked")
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, lora_a, lora_b)]
-        ce, consistency, diversity, svd = (t / norm.to(t.dtype) for t in terms)
-        loss = ce + config.lambda_consistency * consistency
-        loss = loss + config.lambda_diversity * diversity + config.lambda_svd * svd
-        ctx.mark_non_differentiable(ce, consistency, diversity, svd)
-        return loss, ce, consistency, diversity, svd
+        terms = [t / norm.to(t.dtype) for t in sums]
+        ctx.mark_non_differentiable(*terms)
+        return weighted(config, *terms), *terms
 
     @staticmethod
     @torch.autograd.function.once_differentiable

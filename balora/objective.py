@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import losses
-from .checks import IGNORE_INDEX, as_scalar, check_label_range, check_normalizer, describe
+from .checks import IGNORE_INDEX, as_scalar, check_normalizer, describe, valid_rows
 from .config import BALoraConfig
 
 
@@ -27,6 +27,21 @@ class BALoraOutput(NamedTuple):
     diversity: Tensor | None  # []
     svd: Tensor | None  # []
     n_valid: Tensor  # [], int64
+
+
+def weighted(
+    config: BALoraConfig, ce: Tensor, consistency: Tensor | None, diversity: Tensor | None, svd: Tensor | None
+) -> Tensor:
+    """CE + λ₁·consistency + λ₂·diversity + λ₃·svd, of the terms that are there."""
+    loss = ce
+    for weight, term in (
+        (config.lambda_consistency, consistency),
+        (config.lambda_diversity, diversity),
+        (config.lambda_svd, svd),
+    ):
+        if term is not None:
+            loss = loss + weight * term
+    return loss
 
 
 def logits_objective(
@@ -74,19 +89,15 @@ def logits_objective(
     z = logits.reshape(-1, logits.shape[-1])  # [M, V]
     z_teacher = None if teacher_logits is None else teacher_logits.detach().reshape(z.shape)
     y = labels.reshape(-1).long()  # [M]
-    kept = (y != IGNORE_INDEX).nonzero().squeeze(-1)  # [N]
-    n = len(kept)
-    valid = None
-    if n < len(y):
-        valid = y != IGNORE_INDEX
-        y = y[kept]
-    check_label_range(y, z.shape[1])
+    kept = valid_rows(y, z.shape[1])
+    valid = None if kept is None else y != IGNORE_INDEX
+    n = len(y) if kept is None else len(kept)
     norm = as_scalar(max(n, 1) if normalizer is None else normalizer, z.device)
 
     with torch.autocast(z.device.type, enabled=False):
         wide = torch.promote_types(z.dtype, torch.float32)
         share = n / norm.to(wide)  # of the terms of the whole batch
-        rows = z if valid is None else z[kept]
+        rows, y = (z, y) if kept is None else (z[kept], y[kept])
         # Of no row a 0 that is connected; 0 · −∞ would be NaN.
         ce = F.cross_entropy(rows.to(wide), y, reduction="sum") / norm.to(wide) if n else rows.sum().to(wide)
         consistency = diversity = svd = None
@@ -103,14 +114,7 @@ def logits_objective(
             svd = share * losses.batch_term(
                 z, kept, lambda_svd=1.0, rank=config.svd_rank, norm=config.svd_norm, variance=config.svd_variance
             )
-    loss = ce
-    for weight, term in (
-        (config.lambda_consistency, consistency),
-        (config.lambda_diversity, diversity),
-        (config.lambda_svd, svd),
-    ):
-        if term is not None:
-            loss = loss + weight * term
+    loss = weighted(config, ce, consistency, diversity, svd)
     consistency, diversity, svd = (None if t is None else t.detach() for t in (consistency, diversity, svd))
     return BALoraOutput(loss, ce.detach(), consistency, diversity, svd, as_scalar(n, z.device, torch.int64))
 
@@ -171,6 +175,6 @@ def regression_objective(
                 consistency = (z - z_teacher).square().sum() / norm
             else:
                 consistency = m / norm * losses.batch_term(z[:, None], None, z_teacher[:, None], lambda_consistency=1.0)
-            loss = ce + config.lambda_consistency * consistency
+            loss = weighted(config, ce, consistency, None, None)
             consistency = consistency.detach()
     return BALoraOutput(loss, ce.detach(), consistency, None, None, as_scalar(m, z.device, torch.int64))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import fused, streaming
-from .checks import IGNORE_INDEX, check_label_range
+from .checks import valid_rows
 from .config import BALoraConfig
 from .head import LinearHead
 
@@ -81,9 +81,7 @@ def _linear_objective(
     if impl == "triton" and labels.is_cuda and torch.cuda.is_current_stream_capturing():
         terms, gradients = fused.objective(*inputs, None, config, tuple(need), norm, masked=True)
     else:
-        kept = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
-        kept = None if len(kept) == len(labels) else kept
-        check_label_range(labels if kept is None else labels[kept], head[0].shape[0])
+        kept = valid_rows(labels, head[0].shape[0])
         evaluate = fused.objective if impl == "triton" else streaming.objective
         terms, gradients = evaluate(*inputs, kept, config, tuple(need), norm)
     return [*(t.clone() for t in terms), *(hidden.new_empty(0) if g is None else g for g in gradients)]
