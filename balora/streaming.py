@@ -208,7 +208,7 @@ class Run:
         apart = self.narrow_delta or self.own_head is not None
         block_delta = new(block, vocab, dtype=self.dtype) if self.kl and apart else None
         slope = new(block, vocab, dtype=self.dtype) if self.head.softcap is not None else None
-        found = self.hidden.new_zeros(3, dtype=_sum_dtype(z))
+        found = self.hidden.new_zeros(3, dtype=spectral.accumulation_dtype(z))
 
         for start in range(0, self.n, chunk):
             stop = min(start + chunk, self.n)
@@ -409,7 +409,7 @@ def consistency_gradient(
 def _consistency(
     z: Tensor, z_teacher: Tensor, temperature: float, kept: Tensor | None, out: Tensor | None, scale: float | Tensor
 ) -> Tensor:
-    total = z.new_zeros((), dtype=_sum_dtype(z))
+    total = z.new_zeros((), dtype=spectral.accumulation_dtype(z))
     wide = torch.promote_types(z.dtype, torch.float32)
     buffers: Tensor | None = None
     for at, size in _blocks(z, kept):
@@ -440,7 +440,7 @@ def diversity(z: Tensor, top_k: int, kept: Tensor | None) -> tuple[Tensor, Tenso
 
     z [M, V], kept [N] or None -> [], values [N, K] and where they are [N, K].
     """
-    total = z.new_zeros((), dtype=_sum_dtype(z))
+    total = z.new_zeros((), dtype=spectral.accumulation_dtype(z))
     wide = torch.promote_types(z.dtype, torch.float32)
     found = [rows.focused_entropy(z[at].to(wide), top_k) for at, _ in _blocks(z, kept)]
     if not found:
@@ -448,11 +448,6 @@ def diversity(z: Tensor, top_k: int, kept: Tensor | None) -> tuple[Tensor, Tenso
         return total, empty, empty.long()
     negative_entropy, gradient, where = (torch.cat(parts) for parts in zip(*found, strict=True))
     return total + negative_entropy.sum(dtype=total.dtype), gradient, where
-
-
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    """Sums over the rows: float64 costs nothing on a CPU."""
-    return spectral.accumulation_dtype(tensor)
 
 
 def _blocks(z: Tensor, kept: Tensor | None) -> Iterator[tuple[Any, int]]:
