@@ -163,61 +163,44 @@ class _Run(streaming.Run):
 
     def _gradients_of_chunk(self, g: Tensor, lift: float, h: Tensor, start: int, stop: int) -> None:
         """From the gradient by H Wᵀ + …, times lift, [c, V], to those by hidden states, weight, bias, A and B."""
+        if self.half is None:
+            return self._backward(g, h.to(self.dtype), start, stop)
         linear, down = self.linear, 1 / lift
         wide = h if linear.extra is None else h.to(self.dtype)  # where an adapter or a bias has use for it
         if self.grad_weight is not None:
-            if self.half is None:
-                self.grad_weight.addmm_(g.T, h.to(self.dtype), alpha=linear.scale * down)
-            else:
-                add_product(self.grad_weight, g.T, h, linear.scale * down)
+            add_product(self.grad_weight, g.T, h, linear.scale * down)
         x = linear.columns(wide)
+        step = max(1, _WIDENED_BYTES // (4 * len(g)))  # columns of g that are widened to float32 at a time
         if self.grad_extra is not None and x is not None:
-            if self.half is None:
-                self.grad_extra.addmm_(g.T, x, alpha=linear.scale * down)
-            else:
-                step = self._widened(g)
-                for tile, part in zip(g.split(step, 1), self.grad_extra.split(step), strict=True):
-                    part.addmm_(tile.to(self.dtype).T, x, alpha=linear.scale * down)
+            for tile, part in zip(g.split(step, 1), self.grad_extra.split(step), strict=True):
+                part.addmm_(tile.to(self.dtype).T, x, alpha=linear.scale * down)
         if self.grad_hidden is None and self.grad_a is None:
-            return
-        if self.half is None:
-            dx = linear.backward(g)
-        else:
-            dx = _times_weight(g, linear.weight)
-            if linear.a is not None and linear.extra is not None:
-                b = linear.extra[:, : len(linear.a)]
-                tiles = zip(g.split(self._widened(g), 1), b.split(self._widened(g)), strict=True)
-                dx = torch.cat([dx, sum(tile.to(self.dtype) @ part for tile, part in tiles)], 1)
-            if linear.scale != 1:
-                dx *= linear.scale
+            return None
+        dx = _times_weight(g, linear.weight)
+        if linear.a is not None and linear.extra is not None:
+            tiles = zip(g.split(step, 1), linear.extra[:, : len(linear.a)].split(step), strict=True)
+            dx = torch.cat([dx, sum(tile.to(self.dtype) @ part for tile, part in tiles)], 1)
+        if linear.scale != 1:
+            dx *= linear.scale
         if lift != 1:
             dx *= down
-        if self.k is not None:
-            self._add_svd(dx, h, start)
-        self._to_hidden(dx, wide, start, stop)
-
-    @staticmethod
-    def _widened(g: Tensor) -> int:
-        """How many columns of a chunk [c, V] are widened to float32 at a time: few products have that need."""
-        return max(1, _WIDENED_BYTES // (4 * len(g)))
+        self._add_svd(dx, h, start)
+        return self._to_hidden(dx, wide, start, stop)
 
     def _on_tensor_cores(self) -> bool:
         """Whether the products of X have half precision operands; beside H it has no columns then."""
         return self.half is not None and self.hidden.is_cuda and self.linear.extra is None
 
     def gram(self) -> Tensor:
-        if not self._on_tensor_cores() and not self.masked:
+        if not self._on_tensor_cores():
             return super().gram()
         total = None
         step = max(1, CHUNK_BYTES // (16 * self.hidden.shape[1]))
         for start in range(0, self.n, step):
             h = self.pick(self.hidden, start, min(start + step, self.n))
-            if self._on_tensor_cores():
-                found = h.new_empty(self.d, self.d, dtype=torch.float32)
-                product(h.T, h, found)
-                found *= self.linear.scale**2
-            else:
-                found = spectral.gram([self._x(h, start)])
+            found = h.new_empty(self.d, self.d, dtype=torch.float32)
+            product(h.T, h, found)
+            found *= self.linear.scale**2
             total = found if total is None else total.add_(found)
         assert total is not None
         return total
@@ -234,8 +217,9 @@ class _Run(streaming.Run):
     def _extra_columns(self) -> int:
         return 0 if self.linear.extra is None else self.linear.extra.shape[1]
 
-    def _x(self, h: Tensor, start: int) -> Tensor:
-        x = self.x(h.to(self.dtype))
+    def x(self, h: Tensor, start: int) -> Tensor:
+        """Rows that are left out are zeros, the 1 beside a bias too."""
+        x = super().x(h, start)
         return x * (self.labels[start : start + len(h), None] >= 0) if self.masked else x
 
     def _split_k(self) -> None:
@@ -246,18 +230,13 @@ class _Run(streaming.Run):
             self.k = coarse
 
     def _add_svd(self, dx: Tensor, h: Tensor, start: int) -> None:
-        """dx += scale·X·K."""
-        assert self.k is not None
-        scale = self.linear.scale
-        if self.k_parts is not None:
-            found = torch.empty_like(dx)
-            for part in self.k_parts:
-                product(h, part, found)
-                dx.add_(found, alpha=scale**2)
-        else:
-            k = self.k[:, : dx.shape[1]]
-            with float32_products():
-                dx += (self._x(h, start).to(k.dtype) @ k * scale).to(self.dtype)
+        if self.k_parts is None:
+            return super()._add_svd(dx, h.to(self.dtype), start)
+        found = torch.empty_like(dx)
+        for part in self.k_parts:
+            product(h, part, found)
+            dx.add_(found, alpha=self.linear.scale**2)
+        return None
 
     @float32_products()
     def batch_terms(self) -> batch.BatchTerms:

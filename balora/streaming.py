@@ -134,8 +134,8 @@ class Run:
     def pick(self, tensor: Tensor, start: int, stop: int) -> Tensor:
         return tensor[start:stop] if self.kept is None else tensor[self.kept[start:stop]]
 
-    def x(self, h: Tensor) -> Tensor:
-        """scale · X for a chunk of hidden states. [c, d] -> [c, d + e]."""
+    def x(self, h: Tensor, start: int) -> Tensor:
+        """scale · X for a chunk of hidden states, which begins at that row. [c, d] -> [c, d + e]."""
         columns = self.linear.columns(h)
         x = h if columns is None else torch.cat([h, columns], 1)
         return x if self.linear.scale == 1 else x * self.linear.scale
@@ -144,7 +144,7 @@ class Run:
         """XᵀX times scale², [d + e, d + e]."""
         step = spectral.rows_at_a_time(self.hidden)
         return spectral.gram(
-            self.x(self.pick(self.hidden, i, min(i + step, self.n)).to(self.dtype)) for i in range(0, self.n, step)
+            self.x(self.pick(self.hidden, i, min(i + step, self.n)).to(self.dtype), i) for i in range(0, self.n, step)
         )
 
     def small(self, count: int) -> Any:
@@ -295,11 +295,15 @@ class Run:
             dx = self.linear.backward(g)  # [c, d + r]
         else:
             dx = self.linear.with_adapter(g, (g @ self.linear.weight).to(self.dtype))
-        if self.k is not None:
-            x = self.x(h).to(self.k.dtype)
-            with float32_products():
-                dx += (x @ self.k[:, : dx.shape[1]] * self.linear.scale).to(self.dtype)
+        self._add_svd(dx, h, start)
         self._to_hidden(dx, h, start, stop)
+
+    @float32_products()
+    def _add_svd(self, dx: Tensor, h: Tensor, start: int) -> None:
+        """dx += scale·X·K."""
+        if self.k is not None:
+            x = self.x(h, start).to(self.k.dtype)
+            dx += (x @ self.k[:, : dx.shape[1]] * self.linear.scale).to(self.dtype)
 
     def _head_gradients(self, g: Tensor, h: Tensor, at: slice) -> None:
         if self.grad_weight is not None:

@@ -47,7 +47,7 @@ PARTS = (
     (head.Linear, "backward", "three products"),
     (streaming.Run, "_difference", "three products"),
     (streaming.Run, "gram", "Gram matrix XᵀX"),
-    (streaming.Run, "_backward", "gradient X·K of the SVD term"),
+    (streaming.Run, "_add_svd", "gradient X·K of the SVD term"),
     (spectral, "svd_term", "eigenvalues"),
     (spectral, "gradient_matrix", "eigenvalues"),
     (spectral, "svd_term_of_tiles", "Krylov passes over the logits"),
