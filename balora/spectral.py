@@ -175,16 +175,14 @@ def svd_term_of_tiles(
     tiles() gives Z in tiles of columns [side, v]; they are multiplied in their own type, the last step, Rayleigh-Ritz,
     in ``accumulation_dtype`` like the norm. side is above 12 (k + 10).
     """
-    width = rank + _OVERSAMPLE
-    x = torch.randn(side, width, generator=torch.Generator().manual_seed(_SEED), dtype=torch.float64).to(like)
-    blocks = []
-    for _ in range(_STEPS):
+
+    def step(x: Tensor) -> Tensor:
         y = torch.zeros_like(x)
         for z in tiles():
             y.addmm_(z, z.T @ x)
-        x = _qr(y)
-        blocks.append(x)
-    basis = _qr(torch.cat(blocks, dim=1).to(accumulation_dtype(like)))  # [side, 12 (k + 10)]
+        return y
+
+    basis = _krylov(step, _random(side, rank + _OVERSAMPLE).to(like), accumulation_dtype(like))
     small = basis.new_zeros(basis.shape[1], basis.shape[1])
     squares = basis.new_zeros(())
     for z in tiles():
@@ -237,26 +235,39 @@ def gradient_matrix(term: SVDTerm, head: HeadGram) -> Tensor:
 def _leading_eigenpairs(s: Tensor, c: Tensor | None, k: int, iterate: torch.dtype) -> tuple[Tensor, Tensor]:
     """The k largest eigenvalues of Cᵀ S C, descending, and their vectors. s [m, m], c [m, d] -> [k], [d, k]."""
     d = len(s) if c is None else c.shape[1]
-    width = k + _OVERSAMPLE
     if not iterates(d, k):
         values, vectors = _eigh(s if c is None else c.T @ s @ c)
         return values[-k:].flip(0), vectors[:, -k:].flip(1)
     # Rounding of the iteration tilts the basis a little; the Ritz step sees that only squared. So the iteration may
     # run in a narrower type than the step.
-    low = s.to(iterate)
-    left, right = (None, None) if c is None else (c.to(iterate).T.contiguous(), c.to(iterate))
-    start = torch.Generator().manual_seed(_SEED)
-    x = torch.randn(d, width, generator=start, dtype=torch.float64).to(low)  # [d, k + 10]
-    blocks = []
-    for _ in range(_STEPS):
-        x = low @ x if left is None or right is None else left @ (low @ (right @ x))
-        x = _qr(x)
-        blocks.append(x)
-    del low, left, right
-    basis = _qr(torch.cat(blocks, dim=1).to(s.dtype))  # [d, 12 (k + 10)]
+    step = _product(s.to(iterate), None if c is None else c.to(iterate))
+    basis = _krylov(step, _random(d, k + _OVERSAMPLE).to(s.device, iterate), s.dtype)
+    del step  # with its copies of both
     y = basis if c is None else c @ basis
     values, small = _eigh(y.T @ (s @ y))
     return values[-k:].flip(0), basis @ small[:, -k:].flip(1)
+
+
+def _product(s: Tensor, c: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """x ↦ Cᵀ S C x."""
+    if c is None:
+        return lambda x: s @ x
+    left = c.T.contiguous()
+    return lambda x: left @ (s @ (c @ x))
+
+
+def _krylov(step: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Orthonormal columns, in that type, that span those of 12 steps from x [d, k + 10] -> [d, 12 (k + 10)]."""
+    blocks = []
+    for _ in range(_STEPS):
+        x = torch.linalg.qr(step(x)).Q
+        blocks.append(x)
+    return torch.linalg.qr(torch.cat(blocks, dim=1).to(dtype)).Q
+
+
+def _random(rows: int, columns: int) -> Tensor:
+    """The same numbers every time, in float64 on the CPU."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(_SEED), dtype=torch.float64)
 
 
 def _leading_without_waiting(s: Tensor, c: Tensor | None, k: int, small: Any) -> tuple[Tensor, Tensor]:
@@ -292,12 +303,7 @@ def waits_for_nothing(k: int, small: Any) -> int:
 @cache
 def _start(d: int, width: int, device: torch.device) -> Tensor:
     """Kept, so that a captured graph copies nothing to its device."""
-    generator = torch.Generator().manual_seed(_SEED)
-    return torch.randn(d, width, generator=generator, dtype=torch.float64).to(device, torch.float32)
-
-
-def _qr(matrix: Tensor) -> Tensor:
-    return torch.linalg.qr(matrix).Q
+    return _random(d, width).to(device, torch.float32)
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
