@@ -108,44 +108,25 @@ def get_pissa_model(
     Raises:
         ValueError, TypeError: an argument does not fit; the model is then as it was.
     """
-    if isinstance(model, peft.PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
-        raise ValueError("model: expected a model without adapters, found one that peft has wrapped already")
-    check_weights_whole(model)
-    if getattr(getattr(model, "config", None), RESIDUAL_BASE, None):
-        raise ValueError("model: its weights are W_res of balora.quantize; load it with balora.load_quantized")
+    _check_model(model, form)
     check_whole("r", r)
     check_positive("lora_alpha", lora_alpha)
-    if form not in VARIANTS:
-        raise ValueError(f"form: expected 'offset' or 'residual', found {form!r}")
-    if form == "residual" and lora_config.get("lora_dropout"):
-        raise ValueError(
-            f"lora_dropout: expected 0 with form='residual', found {lora_config['lora_dropout']!r}; the adapters hold "
-            "the principal part of the weights, which dropout would take away"
-        )
     check_whole("batch_bytes", batch_bytes)
     if n_iter is not None:
         check_whole("n_iter", n_iter)
-    if form == "residual" and any(map(partitioned, model.parameters())):
-        raise ValueError("form: expected 'offset' for weights that ZeRO-3 has partitioned, found 'residual'")
     device = _device(device)
-    # What peft does anyway, as many scripts write it out.
-    lora_config = {k: v for k, v in lora_config.items() if (k, v) not in (("bias", "none"), ("inference_mode", False))}
-    unknown = sorted(set(lora_config) - set(_LORA_OPTIONS))
-    if unknown:
-        raise ValueError(f"lora_config: {', '.join(unknown)} cannot be used here; allowed: {', '.join(_LORA_OPTIONS)}")
+    lora_config = _options(form, lora_config)
     if target_modules is None:
         target_modules = default_targets(model)
     else:
         target_modules = checked_targets(model, target_modules, lora_config.get("exclude_modules"))
     for argument in ("exclude_modules", "modules_to_save"):
         check_hits(model, argument, lora_config.get(argument))
-    if getattr(model, "can_generate", bool)():
-        two_halves = getattr(model.config, "is_encoder_decoder", False)
-        lora_config.setdefault("task_type", "SEQ_2_SEQ_LM" if two_halves else "CAUSAL_LM")
-    if type(model).__name__.endswith("ForSequenceClassification"):
-        lora_config.setdefault("task_type", "SEQ_CLS")
-        if lora_config["task_type"] == "SEQ_CLS":
-            lora_config["modules_to_save"] = _with_head(model, lora_config.get("modules_to_save"))
+    kind = task_type(model)
+    if kind is not None:
+        lora_config.setdefault("task_type", kind)
+    if kind == "SEQ_CLS" == lora_config["task_type"]:
+        lora_config["modules_to_save"] = _with_head(model, lora_config.get("modules_to_save"))
 
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     config = peft.LoraConfig(
@@ -167,18 +148,56 @@ def get_pissa_model(
         if form == "residual":
             subtract(tqdm(layers.values(), desc="PiSSA: subtracting from the weights", disable=None, leave=False))
     except BaseException:
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, BaseTunerLayer):
-                    setattr(parent, name, child.get_base_layer())
-                elif isinstance(child, AuxiliaryTrainingWrapper):
-                    setattr(parent, name, child.original_module)
+        _unwrap(model)
         for p, was in trainable:
             p.requires_grad_(was)
-        if hasattr(model, "peft_config"):
-            del model.peft_config
         raise
     return wrapped
+
+
+def task_type(model: Any) -> str | None:
+    """What peft calls this kind of model; None for one that is neither a language model nor a sequence classifier."""
+    if getattr(model, "can_generate", bool)():
+        return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+    return "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else None
+
+
+def _check_model(model: nn.Module, form: str) -> None:
+    if isinstance(model, peft.PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise ValueError("model: expected a model without adapters, found one that peft has wrapped already")
+    check_weights_whole(model)
+    if getattr(getattr(model, "config", None), RESIDUAL_BASE, None):
+        raise ValueError("model: its weights are W_res of balora.quantize; load it with balora.load_quantized")
+    if form not in VARIANTS:
+        raise ValueError(f"form: expected 'offset' or 'residual', found {form!r}")
+    if form == "residual" and any(map(partitioned, model.parameters())):
+        raise ValueError("form: expected 'offset' for weights that ZeRO-3 has partitioned, found 'residual'")
+
+
+def _options(form: str, lora_config: dict[str, Any]) -> dict[str, Any]:
+    """Those of the user for peft.LoraConfig, without what peft does anyway, as many scripts write it out."""
+    if form == "residual" and lora_config.get("lora_dropout"):
+        raise ValueError(
+            f"lora_dropout: expected 0 with form='residual', found {lora_config['lora_dropout']!r}; the adapters hold "
+            "the principal part of the weights, which dropout would take away"
+        )
+    lora_config = {k: v for k, v in lora_config.items() if (k, v) not in (("bias", "none"), ("inference_mode", False))}
+    unknown = sorted(set(lora_config) - set(_LORA_OPTIONS))
+    if unknown:
+        raise ValueError(f"lora_config: {', '.join(unknown)} cannot be used here; allowed: {', '.join(_LORA_OPTIONS)}")
+    return lora_config
+
+
+def _unwrap(model: Any) -> None:
+    """Take off what peft has put on the model; the weights stay as they are."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, name, child.get_base_layer())
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                setattr(parent, name, child.original_module)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def _initialize(
@@ -191,14 +210,19 @@ def _initialize(
         (alone if any(map(partitioned, layer.get_base_layer().parameters())) else together).append(layer)
     with tqdm(total=len(layers), desc="PiSSA: decomposing the weights", disable=None, leave=False) as bar:
         for group in (together, *([layer] for layer in alone)):
-            ranks, scalings = [layer.r[ADAPTER] for layer in group], [layer.scaling[ADAPTER] for layer in group]
             with whole(p for layer in group for p in layer.get_base_layer().parameters()):
-                for batch in principal.batches([_outline(layer) for layer in group], ranks, batch_bytes):
-                    weights = [base_weight(group[i]) for i in batch]
-                    found = principal.factors(weights, ranks[batch[0]], [scalings[i] for i in batch], n_iter, device)
-                    for i, (b0, a0) in zip(batch, found, strict=True):
-                        VARIANTS[form].init(group[i], ADAPTER, a0=a0, b0=b0)
+                for batch in principal.batches(
+                    [_outline(layer) for layer in group], [layer.r[ADAPTER] for layer in group], batch_bytes
+                ):
+                    _initialize_batch([group[i] for i in batch], form, n_iter, device)
                     bar.update(len(batch))
+
+
+def _initialize_batch(layers: list[LoraLayer], form: str, n_iter: int | None, device: torch.device | None) -> None:
+    weights, scalings = [base_weight(layer) for layer in layers], [layer.scaling[ADAPTER] for layer in layers]
+    found = principal.factors(weights, layers[0].r[ADAPTER], scalings, n_iter, device)
+    for layer, (b0, a0) in zip(layers, found, strict=True):
+        VARIANTS[form].init(layer, ADAPTER, a0=a0, b0=b0)
 
 
 def _outline(layer: LoraLayer) -> Tensor:

@@ -24,7 +24,7 @@ from .attachment import attachment
 from .config import BALoraConfig
 from .export import export_lora, how_to_load
 from .modeling import attach
-from .pissa import get_pissa_model, principal_errors
+from .pissa import get_pissa_model, principal_errors, task_type
 from .resume import CLASSES, LORA, RECIPE
 from .sharding import sharded
 from .sources import not_loaded
@@ -233,10 +233,8 @@ def _adapted(model: Any, run: RunArguments, trained_in_full: list[str]) -> peft.
     check_any_hit(model, targets)
     for argument in ("exclude_modules", "modules_to_save"):
         check_hits(model, argument, options[argument])
-    task_type = "SEQ_CLS"
-    if model.can_generate():
-        task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-    config = peft.LoraConfig(target_modules=targets, use_dora=run.adapter == "dora", task_type=task_type, **options)
+    options |= dict(target_modules=targets, use_dora=run.adapter == "dora", task_type=task_type(model))
+    config = peft.LoraConfig(**options)
     wrapped = peft.get_peft_model(model, config)
     if config.modules_to_save:
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))  # peft adds the head's to those named
