@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from .attachment import set_progress
     from .export import export_lora
     from .modeling import attach, detach
-    from .pissa import get_pissa_model, teacher
+    from .pissa import get_pissa_model
+    from .pretrained import teacher
     from .quantized import load_quantized, quantize
 
 __version__ = "0.1.0"
@@ -46,7 +47,7 @@ _LAZY = {
     "set_progress": "attachment",
     "export_lora": "export",
     "get_pissa_model": "pissa",
-    "teacher": "pissa",
+    "teacher": "pretrained",
     "load_quantized": "quantized",
     "quantize": "quantized",
     "report": None,

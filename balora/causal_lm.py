@@ -15,7 +15,7 @@ from .checks import IGNORE_INDEX
 from .config import BALoraConfig
 from .functional import BALoraOutput, linear_objective, logits_objective
 from .output_layer import decoder_of, heads_now, without_adapter
-from .pissa import teacher
+from .pretrained import teacher
 from .sharding import hooked, within
 
 # Arguments of a causal model's forward that are the loss's, not the decoder's.

@@ -16,7 +16,7 @@ from .checks import IGNORE_INDEX
 from .config import BALoraConfig
 from .functional import BALoraOutput
 from .output_layer import run_to_head
-from .pissa import teacher
+from .pretrained import teacher
 
 
 @torch.compiler.disable(recursive=False)  # of a compiled model its own forward is compiled

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import reference
 from .adapters import form_of, frozen, initial_scaling
 from .functional import LinearHead
-from .pissa import evaluating, teacher
+from .pretrained import evaluating, teacher
 
 Adapter = tuple[Tensor, Tensor, float]  # A, B, s
 

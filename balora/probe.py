@@ -13,7 +13,7 @@ from .attachment import attachment
 from .checks import IGNORE_INDEX
 from .config import BALoraConfig
 from .output_layer import decoder_of, heads_of
-from .pissa import evaluating, teacher
+from .pretrained import evaluating, teacher
 
 TOKENS = 256  # that are measured, at most
 ROWS = 32  # that they are taken from, at most

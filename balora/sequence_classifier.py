@@ -13,7 +13,7 @@ import torch
 from .attachment import Attachment, at_least_one, check_no_cache
 from .config import BALoraConfig
 from .functional import BALoraOutput, logits_objective, regression_objective
-from .pissa import head_modules, teacher
+from .pretrained import head_modules, teacher
 
 
 def checked_config(model: Any, config: BALoraConfig) -> BALoraConfig:

@@ -18,7 +18,7 @@ from transformers import (
 
 from . import classification, data, metrics, quantized, seq2seq
 from .classification import listed
-from .pissa import head_modules
+from .pretrained import head_modules
 from .sharding import first_process, partitioned
 from .tokenized import Tokenized
 

@@ -21,6 +21,7 @@ MAY_IMPORT = {
         "balora.functional",
         "balora.modeling",
         "balora.pissa",
+        "balora.pretrained",
         "balora.quantized",
     },  # last: types
     "checks": {"torch"},
@@ -101,6 +102,7 @@ MAY_IMPORT = {
         "balora.adapters",
         "balora.checks",
         "balora.four_bit",
+        "balora.pretrained",
         "balora.principal",
         "balora.sharding",
         "balora.targets",
@@ -120,14 +122,7 @@ MAY_IMPORT = {
         "balora.sources",
         "balora.targets",
     },
-    "output_layer": {
-        "torch",
-        "peft",
-        "balora.adapters",
-        "balora.functional",
-        "balora.pissa",
-        "balora.reference",
-    },
+    "output_layer": {"torch", "peft", "balora.adapters", "balora.functional", "balora.pretrained", "balora.reference"},
     "attachment": {"torch", "balora.checks", "balora.config", "balora.output_layer"},
     "causal_lm": {
         "torch",
@@ -137,7 +132,7 @@ MAY_IMPORT = {
         "balora.config",
         "balora.functional",
         "balora.output_layer",
-        "balora.pissa",
+        "balora.pretrained",
         "balora.sharding",
     },
     "encoder_decoder": {
@@ -148,9 +143,9 @@ MAY_IMPORT = {
         "balora.config",
         "balora.functional",
         "balora.output_layer",
-        "balora.pissa",
+        "balora.pretrained",
     },
-    "sequence_classifier": {"torch", "balora.attachment", "balora.config", "balora.functional", "balora.pissa"},
+    "sequence_classifier": {"torch", "balora.attachment", "balora.config", "balora.functional", "balora.pretrained"},
     "modeling": {
         "torch",
         "peft",
@@ -176,7 +171,7 @@ MAY_IMPORT = {
         "balora.classification",
         "balora.data",
         "balora.metrics",
-        "balora.pissa",
+        "balora.pretrained",
         "balora.quantized",
         "balora.seq2seq",
         "balora.sharding",
@@ -189,7 +184,7 @@ MAY_IMPORT = {
         "balora.config",
         "balora.functional",
         "balora.output_layer",
-        "balora.pissa",
+        "balora.pretrained",
         "balora.reference",
     },
     "plots": {"matplotlib", "numpy"},
@@ -263,6 +258,7 @@ MAY_IMPORT = {
         "balora.results",
         "balora.sources",
     },
+    "pretrained": {"peft", "torch", "balora.adapters"},
     "cli": {"transformers", "yaml", "balora", "balora.config", "balora_bench"},
 }
 

@@ -13,7 +13,7 @@ import balora
 from balora import BALoraConfig, reference
 from balora.config import rank_of
 from balora.functional import logits_objective, regression_objective
-from balora.pissa import head_modules
+from balora.pretrained import head_modules
 
 from .other_architectures import CLASSIFIERS, VOCAB, tiny_classifier
 

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import balora
-from balora.pissa import evaluating
+from balora.pretrained import evaluating
 
 from .architectures import tiny
 from .conftest import batch, tiny_llama, train_a_little
