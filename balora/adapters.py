@@ -56,18 +56,18 @@ def _casts_by_itself(module: Any, args: tuple[Any, ...]) -> None:
 class _PiSSAVariant(LoraVariant):
     """What both forms have in common."""
 
-    def merged(self, module: LoraLayer, adapter: str) -> Tensor:
+    def merged(self, module: LoraLayer) -> Tensor:
         """What merging adds to the weight [out, in], in float64."""
         raise NotImplementedError
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return _plus(module, orig_weight, self.merged(module, active_adapter))
+        return _plus(module, orig_weight, self.merged(module))
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        orig_weight.data.copy_(_plus(module, orig_weight, self.merged(module, active_adapter)))
+        orig_weight.data.copy_(_plus(module, orig_weight, self.merged(module)))
 
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return _plus(module, orig_weight, -self.merged(module, active_adapter))
+        return _plus(module, orig_weight, -self.merged(module))
 
     def supports_lora_conversion(self) -> bool:
         return False  # peft would convert s·BA; export_lora converts s·(BA − B₀A₀)
@@ -90,14 +90,15 @@ class OffsetVariant(_PiSSAVariant):
         scaling = module.scaling[active_adapter]
         if _gathered(down, up):
             x = dropout(x.to(down.weight.dtype))
-            return result + (up(down(x)) - FrozenPath.apply(x, *frozen(module, active_adapter))) * scaling
+            return result + (up(down(x)) - FrozenPath.apply(x, *frozen(module))) * scaling
         dtype = product_dtype(x, down.weight)
         if not isinstance(dropout, nn.Identity):
             x = dropout(x.to(dtype))
-        return result + OffsetPath.apply(x, down.weight, up.weight, *frozen(module, active_adapter), scaling, dtype)
+        return result + OffsetPath.apply(x, down.weight, up.weight, *frozen(module), scaling, dtype)
 
-    def merged(self, module: LoraLayer, adapter: str) -> Tensor:
-        return change(module, adapter)
+    def merged(self, module: LoraLayer) -> Tensor:
+        left, right = factors(module)
+        return left @ right  # s·BA and s·B₀A₀ cancel, hence float64
 
 
 class ResidualVariant(_PiSSAVariant):
@@ -120,15 +121,16 @@ class ResidualVariant(_PiSSAVariant):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         if module.initial_selected:
-            return result + FrozenPath.apply(x, *frozen(module, active_adapter)) * module.initial_scaling
+            return result + FrozenPath.apply(x, *frozen(module)) * module.initial_scaling
         down, up, scaling = module.lora_A[active_adapter], module.lora_B[active_adapter], module.scaling[active_adapter]
         dtype = product_dtype(x, down.weight)
         if _gathered(down, up) or dtype.itemsize >= down.weight.dtype.itemsize:
             return result + up(down(x)) * scaling
-        return result + ResidualPath.apply(x, down.weight, up.weight, *frozen(module, active_adapter), scaling, dtype)
+        return result + ResidualPath.apply(x, down.weight, up.weight, *frozen(module), scaling, dtype)
 
-    def merged(self, module: LoraLayer, adapter: str) -> Tensor:
-        return _trained(module, adapter)
+    def merged(self, module: LoraLayer) -> Tensor:
+        a, b = (m[ADAPTER].weight.detach().double() for m in (module.lora_A, module.lora_B))
+        return module.scaling[ADAPTER] * b @ a
 
 
 VARIANTS: dict[str, type[OffsetVariant] | type[ResidualVariant]] = {
@@ -157,9 +159,9 @@ def form_of(module: nn.Module) -> str | None:
     return next((form for form, names in FROZEN.items() if hasattr(module, names[0])), None)
 
 
-def frozen(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+def frozen(module: LoraLayer) -> tuple[Tensor, Tensor]:
     """A₀ [r, in] and B₀ [out, r] as they are stored."""
-    a0, b0 = (getattr(getattr(module, name), adapter) for name in FROZEN[str(form_of(module))])
+    a0, b0 = (getattr(getattr(module, name), ADAPTER) for name in FROZEN[str(form_of(module))])
     return a0, b0
 
 
@@ -171,7 +173,7 @@ def check_alike(model: nn.Module, device: torch.device) -> None:
     DDP makes parameters and buffers alike when it wraps a model; FSDP and ZeRO leave each process its own buffers, and
     FSDP its own slices of A and B too. A decomposition by another kind of device has other bits.
     """
-    tensors = [t for m in model.modules() if form_of(m) is not None for t in frozen(m, ADAPTER)]
+    tensors = [t for m in model.modules() if form_of(m) is not None for t in frozen(m)]
     tensors = [t for t in tensors if not hasattr(t, "full_tensor")]
     if not tensors:
         return
@@ -208,16 +210,14 @@ def restore_frozen_factors(model: nn.Module, folder: str | Path) -> None:
     """
     path = Path(folder) / WEIGHTS
     layers = [
-        (n, m)
-        for n, m in model.named_modules()
-        if form_of(m) == "offset" and hasattr(frozen(m, ADAPTER)[0], "device_mesh")
+        (n, m) for n, m in model.named_modules() if form_of(m) == "offset" and hasattr(frozen(m)[0], "device_mesh")
     ]
     if not layers or not path.is_file():
         return
     with safe_open(path, framework="pt") as file:
         for name, module in layers:
             own: Any
-            for factor, own in zip(FROZEN["offset"], frozen(module, ADAPTER), strict=True):
+            for factor, own in zip(FROZEN["offset"], frozen(module), strict=True):
                 saved = file.get_tensor(f"{name}.{factor}").to(own.dtype)
                 own.to_local().copy_(distribute_tensor(saved, own.device_mesh, own.placements).to_local())
 
@@ -241,18 +241,18 @@ def warn_of_rounding(model: nn.Module) -> None:
             )
 
 
-def initial_scaling(module: LoraLayer, adapter: str) -> float:
+def initial_scaling(module: LoraLayer) -> float:
     """The s of s·B₀A₀: in the offset form, the bracket's."""
-    return module.initial_scaling if form_of(module) == "residual" else module.scaling[adapter]
+    return module.initial_scaling if form_of(module) == "residual" else module.scaling[ADAPTER]
 
 
-def factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+def factors(module: LoraLayer) -> tuple[Tensor, Tensor]:
     """left [out, 2r], right [2r, in] in float64 with left·right = s·(BA − B₀A₀), the change of W."""
-    tensors = module.lora_A[adapter].weight, module.lora_B[adapter].weight, *frozen(module, adapter)
+    tensors = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, *frozen(module)
     a, b, a0, b0 = map(full, tensors)
     if form_of(module) == "offset":
         a0, b0 = rounded_alike(a, b, a0, b0)
-    return side_by_side(a, b, a0, b0, module.scaling[adapter], initial_scaling(module, adapter))
+    return side_by_side(a, b, a0, b0, module.scaling[ADAPTER], initial_scaling(module))
 
 
 def rounded_alike(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,12 +266,6 @@ def side_by_side(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, s: float, s0: flo
     return torch.cat(left, dim=1), torch.cat([a.double(), a0.double()], dim=0)
 
 
-def change(module: LoraLayer, adapter: str) -> Tensor:
-    """s·(BA − B₀A₀), the change of W [out, in], in float64: its two parts cancel."""
-    left, right = factors(module, adapter)
-    return left @ right
-
-
 def base_weight(module: LoraLayer) -> Tensor:
     """The weight [out, in] under the adapter: as it is stored, or dequantized."""
     base = module.get_base_layer()
@@ -279,17 +273,12 @@ def base_weight(module: LoraLayer) -> Tensor:
     return weight.T if module.fan_in_fan_out else weight
 
 
-def pretrained_weight(module: LoraLayer, adapter: str) -> Tensor:
+def pretrained_weight(module: LoraLayer) -> Tensor:
     """W [out, in] before it was adapted: as it is stored (dequantized), or W_res + s·B₀A₀ in float64."""
     weight = base_weight(module)
     if form_of(module) != "residual":
         return weight
-    return weight.double() + _initial(module, *frozen(module, adapter)).to(weight.device)
-
-
-def _trained(module: LoraLayer, adapter: str) -> Tensor:
-    a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
-    return module.scaling[adapter] * b.double() @ a.double()
+    return weight.double() + _initial(module, *frozen(module)).to(weight.device)
 
 
 def _initial(module: LoraLayer, a0: Tensor, b0: Tensor) -> Tensor:
@@ -312,7 +301,7 @@ def subtract(layers: Iterable[LoraLayer]) -> None:
     try:
         for layer in layers:
             weight = layer.get_base_layer().weight
-            residual = _plus(layer, weight, -_initial(layer, *frozen(layer, ADAPTER)))
+            residual = _plus(layer, weight, -_initial(layer, *frozen(layer)))
             kept.append((weight, weight.to("cpu", copy=True)))
             weight.copy_(residual)
     except BaseException:
@@ -335,20 +324,20 @@ def _before_load(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) ->
         raise ValueError(f"checkpoint: expected PiSSA adapters of the {form} form, found an ordinary LoRA at {layer}")
     if form == "residual" and found and is_4bit(module.get_base_layer()):
         saved = (state[f"{prefix}{name}.{ADAPTER}"] for name in FROZEN[form])
-        if not all(torch.equal(t.to(own), own) for t, own in zip(saved, frozen(module, ADAPTER), strict=True)):
+        if not all(torch.equal(t.to(own), own) for t, own in zip(saved, frozen(module), strict=True)):
             raise ValueError(
                 f"checkpoint: expected the A₀ and B₀ that the 4-bit base was made with, found others at {layer}"
             )
         return
     # A state dict with the base weights brings the W_res of its own factors.
     if form == "residual" and found and not any(key.startswith(f"{prefix}base_layer.") for key in state):
-        module.__dict__["_frozen_before_load"] = [t.clone() for t in frozen(module, ADAPTER)]
+        module.__dict__["_frozen_before_load"] = [t.clone() for t in frozen(module)]
 
 
 @torch.no_grad()
 def _after_load(module: Any, incompatible: Any) -> None:
     """W_res follows the loaded A₀ and B₀: another machine's SVD gives others. Equal factors change no bit."""
-    before, after = module.__dict__.pop("_frozen_before_load", None), frozen(module, ADAPTER)
+    before, after = module.__dict__.pop("_frozen_before_load", None), frozen(module)
     if before is None or all(torch.equal(*pair) for pair in zip(before, after, strict=True)):
         return
     weight = module.get_base_layer().weight

@@ -70,7 +70,7 @@ def export_lora(peft_model: peft.PeftModel, directory: str | Path, onto: str = "
     tensors = {}
     for name, layer in layers.items():
         with whole([layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]):
-            left, right = factors(layer, ADAPTER)
+            left, right = factors(layer)
         a, b = full(layer.lora_A[ADAPTER].weight), full(layer.lora_B[ADAPTER].weight)
         tensors.update(_plain("peft_model", name, a, b, left, right, onto))
     for name, m in peft_model.named_modules():

@@ -151,9 +151,9 @@ def _head_adapter(layer: LoraLayer, name: str) -> tuple[Adapter, Adapter | None]
     a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     form = form_of(layer)
     if form == "residual":
-        return (a, b, scaling), (*frozen(layer, name), initial_scaling(layer, name))
+        return (a, b, scaling), (*frozen(layer), initial_scaling(layer))
     if form == "offset":  # s·(BA − B₀A₀) as one product, its roundings relative to the change
-        a0, b0 = (t.to(a.dtype) for t in frozen(layer, name))
+        a0, b0 = (t.to(a.dtype) for t in frozen(layer))
         return (torch.cat([a - a0, a0]), torch.cat([b, b - b0], dim=1), scaling), None
     if layer.lora_variant.get(name) is not None:
         return f"its head has an adapter of the kind {type(layer.lora_variant[name]).__name__}"

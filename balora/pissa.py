@@ -362,7 +362,7 @@ def principal_errors(
     for name in tqdm(chosen.values(), desc="PiSSA: measuring the adapters", disable=None, leave=False):
         layer = layers[name]
         with whole(layer.get_base_layer().parameters()):
-            weight, (a0, b0) = pretrained_weight(layer, ADAPTER), frozen(layer, ADAPTER)
-            error, least = principal.errors(weight, b0, a0, initial_scaling(layer, ADAPTER), place)
+            weight, (a0, b0) = pretrained_weight(layer), frozen(layer)
+            error, least = principal.errors(weight, b0, a0, initial_scaling(layer), place)
         found.append(PrincipalError(name, (weight.shape[0], weight.shape[1]), len(a0), error, least))
     return PrincipalErrors(found, len(layers))

@@ -209,7 +209,7 @@ def _first_of_each_kind(
     found = []
     for name, layer in tqdm(kinds.values(), desc="NF4: measuring the error", disable=None, leave=False):
         residual = base_weight(layer)
-        weight = pretrained_weight(layer, ADAPTER).to(residual.dtype)
+        weight = pretrained_weight(layer).to(residual.dtype)
         found.append(quantization_error(name, weight.to(place), residual.to(place), layer.r[ADAPTER], double_quant))
     return found
 

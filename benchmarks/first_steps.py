@@ -35,7 +35,7 @@ WAYS = ("float32", "apart", "balora")
 
 def apart(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
     """s·(B(A x) − B₀(A₀ x)) by modules: autocast rounds each of the four factors."""
-    a0, b0 = frozen(module, active_adapter)
+    a0, b0 = frozen(module)
     down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
     x = x.to(down.weight.dtype)
     initial = F.linear(F.linear(x, a0.to(x.dtype)), b0.to(x.dtype))

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import balora
-from balora.adapters import ADAPTER, FROZEN, factors, form_of, pretrained_weight
+from balora.adapters import FROZEN, factors, form_of, pretrained_weight
 
 from .conftest import tiny_llama
 from .test_pissa import logits
@@ -79,8 +79,8 @@ def test_factors_that_were_rounded_are_merged_and_exported_as_they_compute(tmp_p
     if form == "offset":
         torch.testing.assert_close(logits(model), before)
     layer = next(m for m in model.modules() if form_of(m))
-    start = pretrained_weight(layer, ADAPTER)
-    left, right = factors(layer, ADAPTER)
+    start = pretrained_weight(layer)
+    left, right = factors(layer)
     model.merge_adapter()
     torch.testing.assert_close(layer.get_base_layer().weight.double(), start + left @ right, rtol=1e-5, atol=1e-6)
     model.unmerge_adapter()

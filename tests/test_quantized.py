@@ -155,8 +155,8 @@ def test_the_offset_form_starts_at_the_quantized_model(full, double_quant):
     expected = logits(on_dense(model, full))
     assert norm(start - expected) < (1e-5 if start.dtype == torch.float32 else 3e-2) * norm(expected)
     for layer in layers(model).values():
-        weight = pretrained_weight(layer, ADAPTER)
-        a0, b0 = frozen(layer, ADAPTER)
+        weight = pretrained_weight(layer)
+        a0, b0 = frozen(layer)
         assert a0.dtype == b0.dtype == weight.dtype == base.dtype
         assert layer.lora_A[ADAPTER].weight.dtype == torch.float32
         u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -221,7 +221,7 @@ def test_merging_quantizes_the_sum(full):
 
 
 def quantized_change(layer):
-    a0, b0 = frozen(layer, ADAPTER)
+    a0, b0 = frozen(layer)
     a, b = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
     return ALPHA / R * (b.double() @ a.double() - b0.double() @ a0.double())
 
@@ -232,8 +232,8 @@ def test_conv1d_layers_in_4_bits(tmp_path):
     weight = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2").transformer.h[0].attn.c_attn.weight
     model = balora.get_pissa_model(base, r=4, lora_alpha=4)
     layer = model.base_model.model.transformer.h[0].attn.c_attn
-    assert pretrained_weight(layer, ADAPTER).shape == (192, 64)  # [out, in], unlike the Conv1D's
-    torch.testing.assert_close(pretrained_weight(layer, ADAPTER), four_bit.nf4(weight.T.detach()))
+    assert pretrained_weight(layer).shape == (192, 64)  # [out, in], unlike the Conv1D's
+    torch.testing.assert_close(pretrained_weight(layer), four_bit.nf4(weight.T.detach()))
     start = logits(model)
     with balora.teacher(model):
         assert torch.equal(logits(model), start)
@@ -272,7 +272,7 @@ def test_a_prepared_folder_holds_the_model(full, prepared):
         if owner == name:
             torch.testing.assert_close(found, four_bit.nf4(weight), rtol=0, atol=0)
             continue
-        a0, b0 = frozen(model.get_base_model().get_submodule(owner), ADAPTER)
+        a0, b0 = frozen(model.get_base_model().get_submodule(owner))
         residual = weight.double() - ALPHA / R * b0.double() @ a0.double()
         assert torch.equal(found, four_bit.nf4(residual.to(dtype)))
         assert torch.equal(model.get_base_model().get_submodule(owner).lora_A[ADAPTER].weight, a0.float())
@@ -310,7 +310,7 @@ def test_the_start_is_nearer_to_the_model_than_plain_nf4(full, tmp_path):
     for e in errors:
         layer = model.get_submodule(e.name)
         weight = original.get_submodule(e.name.removeprefix("base_model.model.")).weight.detach().double()
-        lost = weight - pretrained_weight(layer, ADAPTER)
+        lost = weight - pretrained_weight(layer)
         tolerance = 1e-3 if original.dtype == torch.float32 else 0.05
         assert e.residual == pytest.approx(norm(lost) / norm(weight), rel=tolerance)
         nuclear = torch.linalg.svdvals(lost).sum() / torch.linalg.svdvals(weight).sum()

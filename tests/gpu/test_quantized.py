@@ -38,7 +38,7 @@ def test_the_offset_form(full, double_quant):
     expected = logits(cpu.on_dense(model, full).cuda())
     assert norm(before - expected) < (1e-3 if before.dtype == torch.float32 else 3e-2) * norm(expected)
     for layer in layers(model).values():
-        weight, (a0, b0) = pretrained_weight(layer, ADAPTER), frozen(layer, ADAPTER)
+        weight, (a0, b0) = pretrained_weight(layer), frozen(layer)
         least = torch.linalg.svdvals(weight.double())[R:].norm()
         found = norm(weight.double() - ALPHA / R * b0.double() @ a0.double())
         assert found < (1.001 if a0.dtype == torch.float32 else 1.01) * least
@@ -56,7 +56,7 @@ def test_the_residual_form(full, tmp_path):
     original = AutoModelForCausalLM.from_pretrained(full, dtype="auto").cuda()
     for name, layer in layers(model).items():
         weight = original.get_submodule(name.removeprefix("base_model.model.")).weight.detach()
-        lost = norm(weight.double() - pretrained_weight(layer, ADAPTER))
+        lost = norm(weight.double() - pretrained_weight(layer))
         assert lost < norm(weight.double() - four_bit.nf4(weight).double())
     start = logits(model)
     with balora.teacher(model):
