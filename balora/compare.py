@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import yaml
 from tqdm.auto import tqdm
 
-from . import quantized, sources
+from . import files, quantized, sources
 from .compare_page import Page, render
-from .compare_run import FAILED, PROGRESS, RESULT, SPECIFICATION, TRAINED, write
+from .compare_run import FAILED, PROGRESS, RESULT, SPECIFICATION, TRAINED, write_json
 from .results import Result, csv_table, markdown_table, measures_of, terminal_table
 
 WEIGHTS = ("lambda_consistency", "lambda_diversity", "lambda_svd")
@@ -287,7 +287,7 @@ def _make(run: Run, progress: Callable[[float], None]) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     for old in (FAILED, PROGRESS):
         (run.folder / old).unlink(missing_ok=True)
-    write(run.folder / SPECIFICATION, {"group": run.group, "seed": run.seed, **run.specification})
+    write_json(run.folder / SPECIFICATION, {"group": run.group, "seed": run.seed, **run.specification})
     with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
         # A session of its own: an interrupt from the terminal reaches this process only, which then ends that one.
         process = subprocess.Popen(
@@ -312,7 +312,7 @@ def _make(run: Run, progress: Callable[[float], None]) -> None:
                     process.kill()
                     process.wait()
     if result_of(run) is None:
-        write(run.folder / FAILED, {"why": _why(run.folder / "log.txt", process.returncode)})
+        write_json(run.folder / FAILED, {"why": _why(run.folder / "log.txt", process.returncode)})
 
 
 def _interrupt(*_: Any) -> None:
@@ -354,12 +354,12 @@ def _write_results(comparison: Comparison, running: bool) -> list[Result]:
         got = result_of(run) or {}
         found.append(Result(run.group, run.seed, got.get("measures"), got, "" if got else _failure(run)))
     folder = comparison.folder
-    write(folder / "results.json", [vars(r) for r in found])
-    write(folder / "table.md", markdown_table(found, comparison.titles))
-    write(folder / "table.csv", csv_table(found))
+    write_json(folder / "results.json", [vars(r) for r in found])
+    files.write(folder / "table.md", markdown_table(found, comparison.titles))
+    files.write(folder / "table.csv", csv_table(found))
     about = (comparison.about, comparison.titles, found, comparison.sweeps, comparison.recipe)
     page = Page(*about, unit=comparison.unit, running=running)
-    write(folder / PAGE, render(page))
+    files.write(folder / PAGE, render(page))
     return found
 
 

@@ -27,7 +27,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from . import __version__, measure, tasks, train
+from . import __version__, files, measure, tasks, train
 
 SPECIFICATION = "run.json"  # what was asked for
 PROGRESS = "progress.txt"
@@ -37,16 +37,8 @@ FAILED = "failed.json"
 _DRAWN = 1000  # rows of the t-SNE map, at most
 
 
-def write(path: Path, content: Any) -> None:
-    """A file that is there whole or not at all: text as it is, anything else as JSON."""
-    text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+def write_json(path: Path, content: Any) -> None:
+    files.write(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def _check_parent(parent: int) -> None:
@@ -66,7 +58,7 @@ class _Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         _check_parent(self.parent)
         if state.is_world_process_zero:
-            write(self.path, f"{state.global_step} {state.max_steps}")
+            files.write(self.path, f"{state.global_step} {state.max_steps}")
 
 
 def perform(folder: Path, parent: int, specification: dict[str, Any], parsed: tuple[Any, Any, Any]) -> None:
@@ -88,7 +80,7 @@ def perform(folder: Path, parent: int, specification: dict[str, Any], parsed: tu
         _check_parent(parent)  # reading the data and PiSSA take their time
         trainer.add_callback(_Progress(folder / PROGRESS, parent))
         train.train(trainer, checkpoint)
-        write(folder / TRAINED, {"steps": trainer.state.global_step})
+        write_json(folder / TRAINED, {"steps": trainer.state.global_step})
         del trainer
         gc.collect()  # the model and the Trainer hold each other
     _check_parent(parent)
@@ -100,7 +92,7 @@ def perform(folder: Path, parent: int, specification: dict[str, Any], parsed: tu
     found["machine"] = f"{_device(training)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     found["versions"] = {"balora": __version__, "python": platform.python_version()}
     found["versions"] |= {package.__name__: package.__version__ for package in (torch, transformers, peft)}
-    write(folder / RESULT, found)
+    write_json(folder / RESULT, found)
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -130,7 +122,7 @@ def _measured(folder: Path, parsed: tuple[Any, Any, Any], asked: dict[str, Any])
         answers = measure.continuations(model, tokenizer, prompts, asked["new_tokens"], size)
         found |= {f"distinct_{n}": measure.distinct(answers, n) for n in (1, 2, 3)}
         found["answer_tokens"] = sum(map(len, answers)) / max(len(answers), 1)
-        write(folder / "answers.json", [tokenizer.decode(answer) for answer in answers])
+        write_json(folder / "answers.json", [tokenizer.decode(answer) for answer in answers])
     return {"measures": found}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +20,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
-from . import __version__, dispatch
+from . import __version__, dispatch, files
 from .attachment import attachment
 from .page import Run, render
 from .probe import ROWS, Measured, Probe
@@ -291,7 +290,7 @@ class ReportCallback(TrainerCallback):
         if run.status == "running":
             run.elapsed = self._elapsed()
         try:
-            _write(self.path, render(run))
+            files.write(self.path, render(run))
             self._keep(run)
         finally:
             took = time.perf_counter() - begun
@@ -300,7 +299,8 @@ class ReportCallback(TrainerCallback):
             run.spent += took
 
     def _keep(self, run: Run) -> None:
-        _write(self.path.with_suffix(".json"), json.dumps({"spent": run.spent, "speed": run.speed, "probe": run.probe}))
+        kept = {"spent": run.spent, "speed": run.speed, "probe": run.probe}
+        files.write(self.path.with_suffix(".json"), json.dumps(kept))
 
     def _restore(self, run: Run) -> None:
         """The points of the run up to the step that it goes on from."""
@@ -326,18 +326,6 @@ def _same_random_numbers() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-
-
-def _write(path: Path, text: str) -> None:
-    """At once: a reader sees the file before or the file after."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(path.name + ".part")
-    try:
-        half.write_text(text, encoding="utf-8")
-        os.replace(half, path)
-    except BaseException:
-        half.unlink(missing_ok=True)
-        raise
 
 
 def _peak_of_process() -> int | None:

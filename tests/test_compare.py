@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import peft
@@ -547,11 +546,3 @@ def test_the_page_escapes_and_shows_what_there_is():
     for text in ("<script>", "<i>", "<b>"):
         assert text not in page.replace("<b>1", "")
     assert 'http-equiv="refresh"' in page
-
-
-def test_a_result_is_there_whole_or_not_at_all(tmp_path):
-    compare_run.write(tmp_path / "x.json", {"a": 1})
-    with pytest.raises(TypeError):
-        compare_run.write(tmp_path / "x.json", {"a": object()})
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
-    assert json.loads(Path(tmp_path / "x.json").read_text()) == {"a": 1}

@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 
 import balora
 import balora.cli
-from balora import BALoraConfig, elements, plots, report, train
+from balora import BALoraConfig, elements, files, plots, report, train
 from balora.report import ReportCallback
 from balora.trainer import BALoraCallback, BALoraTrainer
 
@@ -214,8 +214,8 @@ class Break(TrainerCallback):
 
 def test_pages_come_during_the_run_but_not_at_every_log(tmp_path, monkeypatch):
     pages = []
-    write = report._write
-    monkeypatch.setattr(report, "_write", lambda path, text: (pages.append((path.name, text)), write(path, text)))
+    write = files.write
+    monkeypatch.setattr(files, "write", lambda path, text: (pages.append((path.name, text)), write(path, text)))
     now = [0.0]
     monkeypatch.setattr(report.time, "perf_counter", lambda: now[0])
 
