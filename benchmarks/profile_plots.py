@@ -13,9 +13,9 @@ import matplotlib.pyplot as plt
 if TYPE_CHECKING:
     from kernel_counts import Count, Device
 
-# Okabe and Ito's colours (2008), then the same hatched: told apart with any colour vision.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-GREY = "#999999"
+# Okabe and Ito's colors (2008), then the same hatched: told apart with any color vision.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+GRAY = "#999999"
 UNITS = {
     "issue": ("#0072B2", "o", "instructions of a thread"),
     "float64": ("#D55E00", "s", "float64"),
@@ -39,7 +39,7 @@ def parts(found: list[dict[str, Any]], path: Path) -> None:
         figure, axes = plt.subplots(len(found), 1, figsize=(9, height), squeeze=False, layout="constrained")
         names = sorted({name for row in found for name in row["parts"]}, key=lambda n: -_most(found, n))
         looks = {
-            name: {"color": COLOURS[i % len(COLOURS)], "hatch": "" if i < len(COLOURS) else "////"}
+            name: {"color": COLORS[i % len(COLORS)], "hatch": "" if i < len(COLORS) else "////"}
             for i, name in enumerate(names)
         }
         for axis, row in zip(axes[:, 0], found, strict=True):
@@ -72,7 +72,7 @@ def _bar(axis: Any, row: dict[str, Any], looks: dict[str, dict[str, str]], names
         labels.append((start + ms / 2, name if ms > 0.06 * end else f"{name} {100 * ms / total:.0f} %"))
         start += ms
     if small:
-        axis.barh(0, small, left=start, height=0.5, color=GREY, edgecolor="white", linewidth=0.8)
+        axis.barh(0, small, left=start, height=0.5, color=GRAY, edgecolor="white", linewidth=0.8)
         labels.append((start + small / 2, f"rest {100 * small / total:.0f} %"))
     _label(axis, labels, end)
     axis.plot([row["floor"]] * 2, [-0.33, 0.33], color="black", linewidth=2)
@@ -118,17 +118,17 @@ def roofline(found: list[Count], devices: tuple[Device, ...], path: Path, timed:
         for device, style in zip(devices, (":", "-", "--"), strict=True):
             ends = [low * device.bandwidth, high * device.bandwidth]
             text = f"{device.name}: {device.bandwidth / 1e12:.3g} TB/s"
-            axis.plot([low, high], ends, style, color=GREY, linewidth=1, label=text)
+            axis.plot([low, high], ends, style, color=GRAY, linewidth=1, label=text)
         used = dict.fromkeys(c.unit for c in found)
         for unit in used:
-            colour, _, text = UNITS[unit]
+            color, _, text = UNITS[unit]
             peak = getattr(h100, unit)
-            axis.plot([peak / h100.bandwidth, high], [peak, peak], color=colour, linewidth=1.3,
+            axis.plot([peak / h100.bandwidth, high], [peak, peak], color=color, linewidth=1.3,
                       linestyle="--" if unit == "float64" else "-")  # fmt: skip
             above = unit != "float64"
             axis.annotate(
                 f"{text}, {peak / 1e12:.3g} T/s", (high, peak), (0, 3 if above else -4), textcoords="offset points",
-                ha="right", va="bottom" if above else "top", color=colour, fontsize=8,
+                ha="right", va="bottom" if above else "top", color=color, fontsize=8,
             )  # fmt: skip
         for c in found:
             _point(axis, c, h100)
@@ -143,8 +143,8 @@ def roofline(found: list[Count], devices: tuple[Device, ...], path: Path, timed:
 
 def _point(axis: Any, c: Count, device: Device) -> None:
     x, y = c.operations / c.bytes, c.operations / max(c.seconds(device))
-    colour, marker, _ = UNITS[c.unit]
-    axis.plot(x, y, marker, color=colour, markersize=6, markeredgecolor="black", markeredgewidth=0.5)
+    color, marker, _ = UNITS[c.unit]
+    axis.plot(x, y, marker, color=color, markersize=6, markeredgecolor="black", markeredgewidth=0.5)
     offset, side = NUDGED.get(c.kernel, ((6, -3), "left"))
     axis.annotate(c.kernel, (x, y), offset, textcoords="offset points", fontsize=8, ha=side)
 
@@ -219,7 +219,7 @@ def alternatives(found: list[dict[str, Any]], path: Path) -> None:
             places.append((y, row["way"]))
             y += 1
         axis.set_yticks(*zip(*places, strict=True))
-        axis.axvline(1, color=GREY, linewidth=1, zorder=-1)
+        axis.axvline(1, color=GRAY, linewidth=1, zorder=-1)
         axis.set(xscale="log", xlabel="time, in that of balora's way", ylim=(y, -0.6))
         axis.set_xlim(0.3, 2 * max(float(row["ratio"]) for row in found))
         ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50) if tick < axis.get_xlim()[1]]

@@ -143,7 +143,7 @@ def loss(points: list[dict[str, Any]], loss_bytes: Callable[..., int], path: Pat
     _save(figure, path)
 
 
-_STACK = {  # from the bottom: part, its name, its colour (Okabe and Ito, and tints of them)
+_STACK = {  # from the bottom: part, its name, its color (Okabe and Ito, and tints of them)
     "weights": "#0072B2",
     "second model": "#D55E00",
     "A0, B0": "#009E73",

@@ -488,7 +488,7 @@ class Device:
             def elapsed_time(self, end):
                 return 1e3 * (end.at - self.at)
 
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(harness, "ON_GPU", True)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(torch.cuda, "Event", Event)
 
@@ -552,7 +552,7 @@ def test_the_power_limit_is_told_where_the_driver_tells_it(answer, status, found
         return harness.subprocess.CompletedProcess(command, status, answer, "")
 
     properties = type("Properties", (), {"uuid": "12-34"})()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(harness, "ON_GPU", True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
     monkeypatch.setattr(harness.shutil, "which", lambda name: name)
     monkeypatch.setattr(harness.subprocess, "run", answered)

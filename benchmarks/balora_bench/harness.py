@@ -36,7 +36,7 @@ class Error(NamedTuple):
 
 
 def synchronize() -> None:
-    if torch.cuda.is_available():
+    if ON_GPU:
         torch.cuda.synchronize()
 
 
@@ -88,7 +88,7 @@ def calls(run: Callable[[], object]) -> int:
     Around one short call on an idle device they would time how fast the host launches it.
     """
     count = 1
-    while torch.cuda.is_available():
+    while ON_GPU:
         seconds = seconds_of(run, count)
         if seconds * count >= _LEAST or count == _MOST:
             break
@@ -99,7 +99,7 @@ def calls(run: Callable[[], object]) -> int:
 def seconds_of(run: Callable[[], object], times: int = 1) -> float:
     """Of a call, the mean of so many in a row; what each returns is dropped before the next."""
     synchronize()
-    if torch.cuda.is_available():
+    if ON_GPU:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(times):
@@ -116,13 +116,13 @@ def seconds_of(run: Callable[[], object], times: int = 1) -> float:
 def product_rate(dtype: torch.dtype) -> float:
     """Operations a second of a bare product of two square matrices of 8192 rows (2048 on a CPU): the median of 50 (10)
     in a row, as a step has them: a device that has rested is faster for a while."""
-    size, device, count = (8192, "cuda", 50) if torch.cuda.is_available() else (2048, "cpu", 10)
+    size, device, count = (8192, "cuda", 50) if ON_GPU else (2048, "cpu", 10)
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     out = torch.empty_like(a)
     for _ in range(3):
         torch.mm(a, b, out=out)
     synchronize()
-    if torch.cuda.is_available():
+    if ON_GPU:
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
         marks[0].record()
         for mark in marks[1:]:
@@ -169,7 +169,7 @@ def peak_memory(run: Callable[[], object]) -> int:
     """Bytes that one run takes at its peak beyond what is there before: device memory on CUDA, else resident memory of
     this process (Linux), which counts the scratch of the libraries too. Run it in a fresh process."""
     reset_peak()
-    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
+    before = torch.cuda.memory_allocated() if ON_GPU else _status("VmRSS")
     kept = run()
     found = peak()
     del kept
@@ -179,7 +179,7 @@ def peak_memory(run: Callable[[], object]) -> int:
 def reset_peak() -> None:
     """The peak starts anew from here, without the garbage and the free heap of what came before."""
     gc.collect()
-    if torch.cuda.is_available():
+    if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
     else:
         ctypes.CDLL(None).malloc_trim(0)
@@ -188,7 +188,7 @@ def reset_peak() -> None:
 
 def peak() -> int:
     """Bytes at the peak: device memory on CUDA, else resident memory of this process (Linux)."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+    return torch.cuda.max_memory_allocated() if ON_GPU else _status("VmHWM")
 
 
 def limit_memory(share: float = 0.9) -> None:
@@ -226,7 +226,7 @@ def machine() -> dict[str, str]:
     git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if there else ""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "device": torch.cuda.get_device_name() if ON_GPU else _cpu_name(),
         **({"limits": limits} if (limits := _limits()) else {}),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
@@ -239,7 +239,7 @@ def machine() -> dict[str, str]:
 
 def _limits() -> str:
     """Of the GPU, where its driver tells them: its power limit and its highest clock."""
-    if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+    if not ON_GPU or not shutil.which("nvidia-smi"):
         return ""
     command = ["nvidia-smi", "--query-gpu=power.limit,clocks.max.sm", "--format=csv,noheader"]
     if uuid := getattr(torch.cuda.get_device_properties(), "uuid", None):

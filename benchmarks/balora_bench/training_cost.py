@@ -315,12 +315,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         1, 2, figsize=(10, 0.45 * len(rows) + 1.5), width_ratios=(2, 1), sharey=True, layout="constrained"
     )
     names = [METHODS[row["method"]] for row in rows]
-    colours = ("#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#999999")  # Okabe and Ito
+    colors = ("#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#999999")  # Okabe and Ito
     start = [0.0] * len(rows)
-    for part, colour in zip(PARTS, colours, strict=True):
+    for part, color in zip(PARTS, colors, strict=True):
         # The parts come from other steps than the median: scaled to it.
         widths = [row["seconds"] * row[part] / sum(row[p] for p in PARTS) for row in rows]
-        left.barh(names, widths, left=start, color=colour, label=part)
+        left.barh(names, widths, left=start, color=color, label=part)
         start = [a + b for a, b in zip(start, widths, strict=True)]
     right.barh(names, [row["peak_GB"] for row in rows], color="#999999")
     for axis, key, unit, ratio in ((left, "seconds", "s", "x_seconds"), (right, "peak_GB", "GB", "x_peak")):
