@@ -13,7 +13,7 @@ from html import escape
 from typing import Any
 
 from . import results
-from .elements import STYLE, curves_figure, figure, or_why, table
+from .elements import STYLE, curves_figure, document, figure, model_name, or_why, table
 from .plots import Curve, draw_bars, draw_map
 from .results import MEASURES, Result
 
@@ -53,16 +53,8 @@ class Page:
 
 def render(page: Page) -> str:
     """The page, HTML. Every text of the user is escaped."""
-    title = page.about.get("Model", "").rstrip("/\\").replace("\\", "/").rpartition("/")[2] or "a model"
+    title = model_name(page.about)
     done, failed = (sum(map(bool, of)) for of in zip(*[(r.measures, r.failure) for r in page.found], strict=True))
-    head = [
-        '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-        f'<meta http-equiv="refresh" content="{RELOAD}">' if page.running else "",
-        f"<title>{done} of {len(page.found)} runs · {escape(title)} · balora</title>",
-        f"<style>{STYLE}{_STYLE}</style>",
-    ]
     sections = [
         ("Results", partial(_results, page)),
         ("BA-LoRA beside each method", partial(_paired, page)),
@@ -81,9 +73,9 @@ def render(page: Page) -> str:
     body = (
         f"<header><p class=kicker>BA-LoRA comparison</p><h1>{escape(title)}</h1>{_status(page, done, failed)}</header>"
     )
-    return "<!DOCTYPE html>\n<html lang=en><head>{}</head>\n<body>{}<main>{}</main></body></html>\n".format(
-        "\n".join(filter(None, head)), body, "\n".join(shown)
-    )
+    refresh = f'<meta http-equiv="refresh" content="{RELOAD}">' if page.running else ""
+    body += "<main>{}</main>".format("\n".join(shown))
+    return document(f"{done} of {len(page.found)} runs · {title}", "", STYLE + _STYLE, body, refresh)
 
 
 def _status(page: Page, done: int, failed: int) -> str:

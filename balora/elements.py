@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -12,17 +12,43 @@ from .plots import Curve, draw, number
 Curves = Callable[[], Sequence[Curve]]  # made inside of the figure: one that fails leaves the others
 
 
+def document(title: str, policy: str, style: str, body: str, refresh: str = "") -> str:
+    """The page, HTML.
+
+    Args:
+        title: of the window.
+        policy: what the page may load or run, beside styles, of which it has its own.
+        refresh: an element that loads the page again.
+    """
+    policy = f"default-src 'none'; style-src 'unsafe-inline'{policy}"
+    head = [
+        '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">',
+        refresh,
+        f"<title>{escape(title)} · balora</title>",
+        f"<style>{style}</style>",
+    ]
+    return "<!DOCTYPE html>\n<html lang=en><head>{}</head>\n<body>{}</body></html>\n".format(
+        "\n".join(filter(None, head)), body
+    )
+
+
+def model_name(about: Mapping[str, str]) -> str:
+    """The last part of the model's name or folder."""
+    return about.get("Model", "").rstrip("/\\").replace("\\", "/").rpartition("/")[2] or "a model"
+
+
 def or_why(title: str, level: str, make: Callable[[], str]) -> str:
     """A heading and what ``make`` gives; where that fails, why: the rest of the page stays."""
+    return f"<div><{level}>{escape(title)}</{level}>{_made(make)}</div>"
+
+
+def _made(make: Callable[[], str]) -> str:
     try:
-        inside = make()
+        return make()
     except Exception as error:
-        inside = why_not(error)
-    return f"<div><{level}>{escape(title)}</{level}>{inside}</div>"
-
-
-def why_not(error: Exception) -> str:
-    return f"<p class=empty>{escape(f'This could not be shown: {type(error).__name__}: {error}'[:300])}</p>"
+        return f"<p class=empty>{escape(f'This could not be shown: {type(error).__name__}: {error}'[:300])}</p>"
 
 
 def table(rows: Sequence[tuple[str, Sequence[str]]], columns: Sequence[str] = (), note: str = "") -> str:
@@ -39,11 +65,7 @@ def table(rows: Sequence[tuple[str, Sequence[str]]], columns: Sequence[str] = ()
 def figure(title: str, note: str, make: Callable[[], str], empty: str) -> str:
     """A picture with its caption; where ``make`` gives nothing, ``empty``, and where it fails, why."""
     caption = f"<figcaption><h3>{escape(title)}</h3>{f'<p>{escape(note)}</p>' if note else ''}</figcaption>"
-    try:
-        inside = make() or f"<p class=empty>{escape(empty)}</p>"
-    except Exception as error:
-        inside = why_not(error)
-    return f"<figure>{caption}{inside}</figure>"
+    return f"<figure>{caption}{_made(make) or f'<p class=empty>{escape(empty)}</p>'}</figure>"
 
 
 def curves_figure(title: str, note: str, curves: Curves, unit: str, empty: str, **options: Any) -> str:

@@ -15,7 +15,7 @@ from html import escape
 from typing import Any
 
 from .config import BALoraConfig
-from .elements import STYLE, Curves, curves_figure, or_why, table
+from .elements import STYLE, Curves, curves_figure, document, model_name, or_why, table
 from .plots import Curve, number
 
 RELOAD = 10  # seconds
@@ -72,18 +72,10 @@ class Run:
 
 def render(run: Run) -> str:
     """The page, HTML. Every text of the user is escaped."""
-    title = run.about.get("Model", "").rstrip("/\\").replace("\\", "/").rpartition("/")[2] or "a model"
+    title = model_name(run.about)
     running = run.status == "running"
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    head = [
-        '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">',
-        f'<noscript><meta http-equiv="refresh" content="{RELOAD}"></noscript>' if running else "",
-        f"<title>{escape(_short_status(run))} · {escape(title)} · balora</title>",
-        f"<style>{STYLE}</style>",
-    ]
+    refresh = f'<noscript><meta http-equiv="refresh" content="{RELOAD}"></noscript>' if running else ""
     settings = "".join(or_why(name, "h3", partial(_settings_table, values)) for name, values in run.settings.items())
     body = [
         f"<header><p class=kicker>BA-LoRA run</p><h1>{escape(title)}</h1>{_status(run)}</header><main>",
@@ -92,9 +84,8 @@ def render(run: Run) -> str:
         f"<details><summary>Settings of the run</summary><div class=settings>{settings}</div></details>",
         f"</main><script>{_SCRIPT}</script>" if running else "</main>",
     ]
-    return "<!DOCTYPE html>\n<html lang=en><head>{}</head>\n<body>{}</body></html>\n".format(
-        "\n".join(filter(None, head)), "\n".join(body)
-    )
+    name = f"{_short_status(run)} · {title}"
+    return document(name, f"; script-src 'sha256-{digest}'", STYLE, "\n".join(body), refresh)
 
 
 def duration(seconds: float) -> str:
