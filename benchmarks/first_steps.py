@@ -121,11 +121,10 @@ def main() -> None:
             rows += measure(folder, asked.data, getattr(torch, base), asked.r, asked.lr, asked.warmup)
         tables += [f"## {Path(folder).name}", harness.table(side_by_side(rows), columns)]
     harness.progress("")
-    command = "python benchmarks/first_steps.py " + " ".join(Path(a).name if "/" in a else a for a in sys.argv[1:])
     report = "\n\n".join(
         [
             "# What autocast shows of the first steps",
-            ", ".join(f"{k} {v}" for k, v in harness.machine().items()) + f"; `{command}`",
+            harness.origin(),
             f"PiSSA, r = alpha = {asked.r}, AdamW at {asked.lr:g} after {asked.warmup} steps of warm-up, "
             f"{ROWS} × {LENGTH} tokens a step, all scored. float32: trained in float32. Under autocast, apart: A "
             "and B rounded to bfloat16 by themselves; balora: what they have changed is. KL(pre-trained ‖ student) at "

@@ -350,8 +350,8 @@ def text_of(found: list[dict[str, Any]]) -> str:
 
 
 def heading(title: str, options: argparse.Namespace) -> str:
-    machine = ", ".join(f"{key} {value}" for key, value in harness.machine().items())
-    return f"# {title}\n\n`python benchmarks/profiles.py --out {options.out}`; {machine}\n\n"
+    command = f"python benchmarks/profiles.py --out {options.out}"
+    return f"# {title}\n\n`{command}`; {harness.in_words(harness.machine())}\n\n"
 
 
 def once(sizes: Sizes) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -112,13 +111,10 @@ def main() -> None:
     columns = dict(model="model", kind="layers", shape="shape", layers="measured")
     columns |= dict(plain_nuclear="NF4's error, nuclear", plain="Frobenius")
     columns |= {f"{norm}{r}": f"{norm}, r {r}" for norm in ("nuclear", "frobenius") for r in asked.ranks}
-    command = "python benchmarks/quantization_error.py " + " ".join(
-        Path(a).name if "/" in a else a for a in sys.argv[1:]
-    )
     report = "\n\n".join(
         [
             "# What NF4 takes: plain, and beside PiSSA adapters",
-            ", ".join(f"{k} {v}" for k, v in harness.machine().items()) + f"; `{command}`",
+            harness.origin(),
             "Plain NF4's error ‖W − nf4(W)‖ / ‖W‖, and by how much the error beside PiSSA adapters, "
             "‖W − (nf4(W_res) + s·B₀A₀)‖, is below it; means over the measured layers. W in bfloat16, blocks of 64, no "
             "double quantization.",

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
     bandwidth = harness.copy_bandwidth()
     machine = {**harness.machine(), "copy": f"{bandwidth / 1e9:.0f} GB/s"}
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(harness.in_words(machine))
     found: list[Row] = []
     for operation, shapes in tables_of:
         rounds = arguments.rounds or (10 if harness.ON_GPU else 5)

@@ -237,6 +237,16 @@ def machine() -> dict[str, str]:
     }
 
 
+def origin() -> str:
+    """Of a report: the machine, and the command that made it, of paths the last name."""
+    command = " ".join(Path(word).name if "/" in word else word for word in sys.argv[1:])
+    return f"{in_words(machine())}; `python benchmarks/{Path(sys.argv[0]).name} {command}`"
+
+
+def in_words(machine: dict[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in machine.items())
+
+
 def _limits() -> str:
     """Of the GPU, where its driver tells them: its power limit and its highest clock."""
     if not ON_GPU or not shutil.which("nvidia-smi"):

@@ -86,8 +86,11 @@ class Report:
     def __init__(self, out: Path | None, name: str, machine: dict[str, str], argv: Sequence[str], rounds: int) -> None:
         self._path = out and out / name
         self._machine = machine
-        about = ", ".join(f"{key} {value}" for key, value in machine.items())
-        self._text = [f"# {name}", f"{about}; `balora bench {' '.join(argv)}`", LEGEND.format(rounds=rounds)]
+        self._text = [
+            f"# {name}",
+            f"{harness.in_words(machine)}; `balora bench {' '.join(argv)}`",
+            LEGEND.format(rounds=rounds),
+        ]
         self._rows: list[Row] = []
 
     @property

@@ -379,7 +379,7 @@ def main(argv: Sequence[str]) -> int:
     rate = harness.product_rate(getattr(torch, arguments.dtype))
     torch.cuda.empty_cache()  # the processes that follow share the device with this one
     machine = harness.machine() | {"products": f"{rate / 1e12:.2f} TFLOP/s"}
-    text = ["# What a training step costs", "", ", ".join(f"{k} {v}" for k, v in machine.items())]
+    text = ["# What a training step costs", "", harness.in_words(machine)]
     print("\n".join(text))
     everything: list[dict[str, Any]] = []
     for model in arguments.models:
