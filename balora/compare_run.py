@@ -22,7 +22,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     EvalPrediction,
     TrainerCallback,
 )
@@ -100,8 +99,7 @@ def perform(folder: Path, parent: int, specification: dict[str, Any], parsed: tu
 def _measured(folder: Path, parsed: tuple[Any, Any, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """The measures of the exported LoRA on the base model, as ``measures``, and what the page shows beside them."""
     run, config, training = parsed
-    tokenizer = AutoTokenizer.from_pretrained(run.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
+    tokenizer = tasks.tokenizer_of(run.model)
     task = tasks.find(run, config.task, tokenizer)
     assert task.evaluation is not None
     examples, size = task.evaluation.examples, training.per_device_eval_batch_size

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
 )
@@ -20,6 +21,7 @@ from . import classification, data, metrics, quantized, seq2seq
 from .classification import listed
 from .pretrained import head_modules
 from .sharding import first_process, partitioned
+from .sources import not_loaded
 from .tokenized import Tokenized
 
 CUT = 512  # tokens, where the user names no max_length
@@ -50,6 +52,22 @@ def find(run: Any, kind: str, tokenizer: Any) -> Task:
     if causal:
         return language_model(run, tokenizer)
     return classifier(run, tokenizer) if kind == "nlu" else encoder_decoder(run, tokenizer)
+
+
+def tokenizer_of(model: str) -> Any:
+    """The tokenizer of a model, with a token to pad with.
+
+    Raises:
+        ValueError: there is none, or none of its tokens will do.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: expected a model and its tokenizer at {model}; {not_loaded(model, error)}") from error
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ValueError(f"model: expected a tokenizer with a padding or end-of-text token, found neither in {model}")
+    return tokenizer
 
 
 def language_model(run: Any, tokenizer: Any) -> Task:

@@ -12,7 +12,6 @@ import peft
 import torch
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -27,7 +26,6 @@ from .modeling import attach
 from .pissa import get_pissa_model, principal_errors, task_type
 from .resume import CLASSES, LORA, RECIPE
 from .sharding import sharded
-from .sources import not_loaded
 from .targets import as_named, check_any_hit, check_hits, default_targets
 from .tokenized import Tokenized
 from .trainer import BALoraTrainer
@@ -130,39 +128,14 @@ def setup(
         ValueError, TypeError, OSError: something does not fit; nothing has been trained or overwritten then.
     """
     run = quantized.settled(run, recipe)
-    if run.dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, found {run.dtype!r}")
-    if run.quantize not in (None, "nf4"):
-        raise ValueError(f"quantize: expected nf4 or none, found {run.quantize!r}")
-    if run.max_length is not None and run.max_length < 2:
-        raise ValueError(f"max_length: expected at least 2 tokens, found {run.max_length}")
-    if not 0 <= run.lora_dropout < 1:
-        raise ValueError(f"lora_dropout: expected at least 0 and below 1, found {run.lora_dropout}")
-    if run.adapter not in ("pissa", "lora", "dora"):
-        raise ValueError(f"adapter: expected pissa, lora or dora, found {run.adapter!r}")
-    if run.form not in FROZEN:
-        raise ValueError(f"form: expected {' or '.join(map(repr, FROZEN))}, found {run.form!r}")
-    if run.form == "residual" and run.lora_dropout:
-        raise ValueError(f"lora_dropout: expected 0 with form='residual', found {run.lora_dropout}")
-    if run.preset is not None and (asked := BALoraConfig.preset(run.preset).task) != config.task:
-        raise ValueError(f"task: expected {asked!r}, as in the preset {run.preset}, found {config.task!r}")
+    _check_run(run, config)
     _check_training(training)
     checkpoint = resume.checkpoint(training)
     if training.eval_strategy != "no" and run.eval_data is None:
         raise ValueError(f"eval_data: expected with eval_strategy={training.eval_strategy.value!r}, found none")
     if run.eval_split is not None and run.eval_data is None:
         raise ValueError(f"eval_split: expected eval_data beside it, found the split {run.eval_split!r} alone")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(run.model)
-    except (OSError, ValueError) as error:
-        why = not_loaded(run.model, error)
-        raise ValueError(f"model: expected a model and its tokenizer at {run.model}; {why}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token is None:
-        raise ValueError(
-            f"model: expected a tokenizer with a padding or end-of-text token, found neither in {run.model}"
-        )
+    tokenizer = tasks.tokenizer_of(run.model)
     task = tasks.find(run, config.task, tokenizer)
     sets = [task.train, *([task.evaluation] if task.evaluation else [])]
     _check_vocabulary(run.model, sets)
@@ -197,22 +170,30 @@ def setup(
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
         raise ValueError(f"fsdp_state_dict_type: expected FULL_STATE_DICT, found {plugin.state_dict_type}")
+    _add_report(trainer, _about(run, task, start), recipe)
+    if training.should_save:
+        _keep(Path(str(training.output_dir)), task.classes, recipe, checkpoint is not None)
+    trainer.recipe = resume.recipe_text({**(recipe or {}), **resume.settled(run, training)})
+    return trainer, checkpoint
+
+
+def _about(run: RunArguments, task: tasks.Task, start: str) -> dict[str, str]:
+    """The run in words, for its report."""
     about = {"Model": run.model}
     for name, source, rows in (("Training", run.data, task.train), ("Evaluation", run.eval_data, task.evaluation)):
         words = "; ".join(filter(None, [task.about.get(f"{name} data"), rows.summary()])) if rows else ""
         about[f"{name} data"] = f"{source}: {words}" if rows else "none"
     form = f", {run.form} form" if run.adapter == "pissa" else ""
-    about["Adapters"] = f"{start}{form}, r = {run.r}, alpha = {run.lora_alpha:g}"
-    _add_report(trainer, about, recipe)
-    classes = Path(training.output_dir) / CLASSES
-    if task.classes is not None and training.should_save and not (checkpoint and classes.exists()):
-        classes.parent.mkdir(parents=True, exist_ok=True)
-        classes.write_text(json.dumps(task.classes, ensure_ascii=False), encoding="utf-8")
-    if recipe is not None and training.should_save:
-        Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-        (Path(training.output_dir) / RECIPE).write_text(resume.recipe_text(recipe), encoding="utf-8")
-    trainer.recipe = resume.recipe_text({**(recipe or {}), **resume.settled(run, training)})
-    return trainer, checkpoint
+    return about | {"Adapters": f"{start}{form}, r = {run.r}, alpha = {run.lora_alpha:g}"}
+
+
+def _keep(folder: Path, classes: list[str] | None, recipe: dict[str, Any] | None, resumed: bool) -> None:
+    """What a run goes on with: its classes, which stay those that it began with, and its recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if classes is not None and not (resumed and (folder / CLASSES).exists()):
+        (folder / CLASSES).write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")
+    if recipe is not None:
+        (folder / RECIPE).write_text(resume.recipe_text(recipe), encoding="utf-8")
 
 
 def _adapted(model: Any, run: RunArguments, trained_in_full: list[str]) -> peft.PeftModel:
@@ -286,6 +267,25 @@ def _add_report(trainer: BALoraTrainer, about: dict[str, str], recipe: dict[str,
     held_out = trainer.eval_dataset  # None: the report takes rows of the training data
     trainer.report = report.ReportCallback(folder / REPORT, held_out, about, {"Recipe": recipe} if recipe else None)
     trainer.add_callback(trainer.report)
+
+
+def _check_run(run: RunArguments, config: BALoraConfig) -> None:
+    if run.dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16, found {run.dtype!r}")
+    if run.quantize not in (None, "nf4"):
+        raise ValueError(f"quantize: expected nf4 or none, found {run.quantize!r}")
+    if run.max_length is not None and run.max_length < 2:
+        raise ValueError(f"max_length: expected at least 2 tokens, found {run.max_length}")
+    if not 0 <= run.lora_dropout < 1:
+        raise ValueError(f"lora_dropout: expected at least 0 and below 1, found {run.lora_dropout}")
+    if run.adapter not in ("pissa", "lora", "dora"):
+        raise ValueError(f"adapter: expected pissa, lora or dora, found {run.adapter!r}")
+    if run.form not in FROZEN:
+        raise ValueError(f"form: expected {' or '.join(map(repr, FROZEN))}, found {run.form!r}")
+    if run.form == "residual" and run.lora_dropout:
+        raise ValueError(f"lora_dropout: expected 0 with form='residual', found {run.lora_dropout}")
+    if run.preset is not None and (asked := BALoraConfig.preset(run.preset).task) != config.task:
+        raise ValueError(f"task: expected {asked!r}, as in the preset {run.preset}, found {config.task!r}")
 
 
 def _check_training(training: TrainingArguments) -> None:

@@ -175,6 +175,7 @@ MAY_IMPORT = {
         "balora.quantized",
         "balora.seq2seq",
         "balora.sharding",
+        "balora.sources",
         "balora.tokenized",
     },
     "probe": {
@@ -232,7 +233,6 @@ MAY_IMPORT = {
         "balora.quantized",
         "balora.resume",
         "balora.sharding",
-        "balora.sources",
         "balora.targets",
         "balora.tasks",
         "balora.tokenized",
