@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -217,20 +216,12 @@ def tokenize(data: Labelled, tokenizer: Any, max_length: int, source: str) -> To
     """
     types = "token_type_ids" in tokenizer.model_input_names
     result = Tokenized(Examples(["input_ids", *(["token_type_ids"] if types else [])], ["labels"]), max_length)
-    bar = tqdm(
-        data.rows,
-        total=operator.length_hint(data.rows),
-        desc=f"tokenizing {source}",
-        unit=" rows",
-        disable=None,
-        leave=False,
-    )
 
     def encode(rows: list[LabelledText], **options: Any) -> Any:
         pairs = [row.text_pair for row in rows] if rows[0].text_pair is not None else None
         return tokenizer([row.text for row in rows], pairs, verbose=False, **options)
 
-    rows = iter(bar)
+    rows = iter(tqdm(data.rows, desc=f"tokenizing {source}", unit=" rows", disable=None, leave=False))
     while batch := list(islice(rows, 1000)):
         encoded = encode(batch)
         for i, row in enumerate(batch):

@@ -84,13 +84,12 @@ def draw(
             ends.append((float(y[seen[-1]]), float(x[seen[-1]]), curve))
     if log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
         if from_zero:
             lowest, highest = axes.dataLim.intervaly
             axes.set_ylim(min(0.0, 1.05 * lowest), 1.05 * highest if highest > 0 else 1.0)
+    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
     left, right = x_range or axes.get_xlim()
     axes.set_xlim(left, right if right > left else left + 1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
