@@ -24,6 +24,7 @@ RELOAD = 10  # seconds
 _LOSS, _CE, _EVAL, _PROBE = "#4a86d8", "#0f98a6", "#9a6dd7", "#c0569d"
 _CONSISTENCY, _DIVERSITY, _SVD, _NEUTRAL, _PRE_TRAINED = "#d07a1c", "#2e9b62", "#d9534f", "#6f7f99", "#8a8f98"
 _TERMS = (("consistency", "λ₁", _CONSISTENCY), ("diversity", "λ₂", _DIVERSITY), ("svd", "λ₃", _SVD))
+_NAMES = {"consistency": "consistency", "diversity": "diversity", "svd": "SVD"}
 _NOTES = {  # what a term is, by the setting of its kind
     "kl": "T² · KL to the pre-trained model, at temperature T",
     "normalized_mse": "squared distance of the normalized logits to the pre-trained model's",
@@ -211,118 +212,125 @@ def _setting(name: str, value: Any) -> str:
 # ---- the plots ----
 
 
-def _plots(run: Run) -> list[str]:
-    logs = [h for h in run.history if "loss" in h]
-    evaluations = [h for h in run.history if "eval_loss" in h]
-    kinds = {"consistency": run.config.consistency, "diversity": run.config.diversity, "svd": run.config.svd_norm}
-    x_range = (0.0, float(max(run.step, 1)))
-    before = run.before or {}
-    names = {name: "SVD" if name == "svd" else name for name, _, _ in _TERMS}
-    unit = _unit(run)
-    no_log = "Nothing has been logged yet."
-    no_probe = f"Not measured: {run.no_probe}" if run.no_probe else "Not measured yet."
+class _Curves:
+    """Those of a run, by what they show."""
 
-    def logged(name: str, label: str, color: str, weight: str | None = None) -> Curve:
-        found = [h for h in logs if _is_number(h.get(name)) and (weight is None or _is_number(h.get(weight)))]
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.logs = [h for h in run.history if "loss" in h]
+        self.evaluations = [h for h in run.history if "eval_loss" in h]
+        self.before = run.before or {}
+        self.x_range = (0.0, float(max(run.step, 1)))
+
+    def logged(self, name: str, label: str, color: str, weight: str | None = None) -> Curve:
+        found = [h for h in self.logs if _is_number(h.get(name)) and (weight is None or _is_number(h.get(weight)))]
         values = [h[name] * (1.0 if weight is None else h[weight]) for h in found]
         return Curve(label, color, [h["step"] for h in found], values)
 
-    def evaluated() -> Curve:
-        found = [h for h in evaluations if _is_number(h["eval_loss"])]
+    def evaluated(self) -> Curve:
+        found = [h for h in self.evaluations if _is_number(h["eval_loss"])]
         return Curve("eval loss", _EVAL, [h["step"] for h in found], [h["eval_loss"] for h in found])
 
-    def measured() -> list[Curve]:
+    def measured(self) -> list[Curve]:
         curves = []
         for name, color in _METRICS.items():
-            found = [h for h in evaluations if _is_number(h.get(f"eval_{name}"))]
+            found = [h for h in self.evaluations if _is_number(h.get(f"eval_{name}"))]
             values = [h[f"eval_{name}"] for h in found]
             curves.append(Curve(name.replace("_", " "), color, [h["step"] for h in found], values))
         return curves
 
-    def probed(name: str, label: str, color: str) -> Curve:
-        return Curve(label, color, [p["step"] for p in run.probe], [p[name] for p in run.probe])
+    def probed(self, name: str, label: str, color: str) -> Curve:
+        return Curve(label, color, [p["step"] for p in self.run.probe], [p[name] for p in self.run.probe])
 
-    def level(name: str, label: str) -> Curve:
-        value = before.get(name, math.nan)
-        return Curve(label, _PRE_TRAINED, x_range, [value, value], dashed=True)
+    def level(self, name: str, label: str) -> Curve:
+        value = self.before.get(name, math.nan)
+        return Curve(label, _PRE_TRAINED, self.x_range, [value, value], dashed=True)
 
-    def losses() -> list[Curve]:
-        loss = logged("loss", "loss", _LOSS)._replace(width=2.8)  # CE lies on it
-        return [loss, logged("ce", "CE", _CE), evaluated(), probed("ce", "probe CE", _PROBE)]
+    def losses(self) -> list[Curve]:
+        loss = self.logged("loss", "loss", _LOSS)._replace(width=2.8)  # CE lies on it
+        return [loss, self.logged("ce", "CE", _CE), self.evaluated(), self.probed("ce", "probe CE", _PROBE)]
 
-    def shares() -> list[Curve]:
-        return [logged(name, names[name], color, f"lambda_{name}") for name, _, color in _TERMS]
+    def shares(self) -> list[Curve]:
+        return [self.logged(name, _NAMES[name], color, f"lambda_{name}") for name, _, color in _TERMS]
 
-    def weights() -> list[Curve]:
-        return [logged(f"lambda_{name}", symbol, color) for name, symbol, color in _TERMS]
+    def weights(self) -> list[Curve]:
+        return [self.logged(f"lambda_{name}", symbol, color) for name, symbol, color in _TERMS]
 
-    def entropies() -> list[Curve]:
-        return [probed("entropy", "fine-tuned", _DIVERSITY), level("entropy", "pre-trained")]
+    def entropies(self) -> list[Curve]:
+        return [self.probed("entropy", "fine-tuned", _DIVERSITY), self.level("entropy", "pre-trained")]
 
-    def sigma() -> list[Curve]:
-        if not (before.get("spectrum") and run.probe and run.probe[-1]["spectrum"]):
+    def sigma(self) -> list[Curve]:
+        if not (self.before.get("spectrum") and self.run.probe and self.run.probe[-1]["spectrum"]):
             return []
-        now = ("now" if run.status == "running" else "after", _SVD, run.probe[-1]["spectrum"])
+        now = ("now" if self.run.status == "running" else "after", _SVD, self.run.probe[-1]["spectrum"])
         curves = []
-        for label, color, values in (("pre-trained", _PRE_TRAINED, before["spectrum"]), now):
+        for label, color, values in (("pre-trained", _PRE_TRAINED, self.before["spectrum"]), now):
             kept = [v for v in values if v >= _LEAST_SIGMA * values[0]]
             curves.append(Curve(label, color, range(1, len(kept) + 1), kept, dashed=label == "pre-trained"))
         return curves
 
-    def speed() -> list[Curve]:
-        points = [p for p in run.speed if p["tokens"] and p["seconds"]]
+    def speed(self) -> list[Curve]:
+        points = [p for p in self.run.speed if p["tokens"] and p["seconds"]]
         return [Curve("", _NEUTRAL, [p["step"] for p in points], [p["tokens"] / p["seconds"] for p in points])]
 
-    def memory() -> list[Curve]:
+    def memory(self) -> list[Curve]:
         curves = []
         for name, color in (("device", _LOSS), ("host", _NEUTRAL)):
-            points = [p for p in run.speed if name in p]
+            points = [p for p in self.run.speed if name in p]
             curves.append(Curve(name, color, [p["step"] for p in points], [p[name] / 1e9 for p in points]))
         return curves
 
+
+def _plots(run: Run) -> list[str]:
+    of = _Curves(run)
+    kinds = {"consistency": run.config.consistency, "diversity": run.config.diversity, "svd": run.config.svd_norm}
+    unit = _unit(run)
+    no_log = "Nothing has been logged yet."
+    no_probe = f"Not measured: {run.no_probe}" if run.no_probe else "Not measured yet."
+
     def figure(title: str, note: str, curves: Curves, unit: str, empty: str, from_zero: bool = False) -> str:
-        return curves_figure(title, note, curves, unit, empty, x_range=x_range, from_zero=from_zero)
+        return curves_figure(title, note, curves, unit, empty, x_range=of.x_range, from_zero=from_zero)
 
-    def one(curve: Callable[..., Curve], *of: str) -> Curves:
-        return lambda: [curve(*of)]
+    def one(curve: Callable[..., Curve], *arguments: str) -> Curves:
+        return lambda: [curve(*arguments)]
 
-    no_norm = "The Trainer logs no gradient norm in this run." if logs else no_log
+    no_norm = "The Trainer logs no gradient norm in this run." if of.logs else no_log
     per_second = f"trained {_counted(run)} a second"
-    no_speed = f"No {_counted(run)} have been counted." if logs else no_log
+    no_speed = f"No {_counted(run)} have been counted." if of.logs else no_log
     kl, entropy = "KL(pre-trained ‖ fine-tuned), temperature 1", f"of the next token, {_entropy_of(run)}"
-    spectrum = ("Spectrum of the logits", "singular values over their Frobenius norm", sigma, "σᵢ / ‖Z‖", no_probe)
+    spectrum = ("Spectrum of the logits", "singular values over their Frobenius norm", of.sigma, "σᵢ / ‖Z‖", no_probe)
     sections = {
         "Loss": [
-            figure("Loss", "what is minimized, and the cross-entropy in it", losses, unit, no_log),
-            figure("Weighted terms", "λ · term, what each adds to the loss", shares, unit, no_log),
-            figure("Weights", "λ₁ consistency, λ₂ diversity, λ₃ SVD", weights, "λ", no_log, from_zero=True),
+            figure("Loss", "what is minimized, and the cross-entropy in it", of.losses, unit, no_log),
+            figure("Weighted terms", "λ · term, what each adds to the loss", of.shares, unit, no_log),
+            figure("Weights", "λ₁ consistency, λ₂ diversity, λ₃ SVD", of.weights, "λ", no_log, from_zero=True),
         ],
         "Regularizers, unweighted": [
             figure(
-                f"{names[name][0].upper()}{names[name][1:]} term",
+                f"{_NAMES[name][0].upper()}{_NAMES[name][1:]} term",
                 _NOTES[kinds[name]],
-                one(logged, name, "", color),
+                one(of.logged, name, "", color),
                 "ratio" if name == "svd" else unit,
                 _why_empty(run, name, symbol) or no_log,
             )
             for name, symbol, color in _TERMS
         ],
-        "Evaluation": [figure("Metrics", "on the evaluation data", measured, "", no_log)],
+        "Evaluation": [figure("Metrics", "on the evaluation data", of.measured, "", no_log)],
         "Distance from the pre-trained model": [
-            figure("KL to the pre-trained model", kl, one(probed, "kl", "", _CONSISTENCY), unit, no_probe, True),
-            figure("Entropy", entropy, entropies, "nats", no_probe),
+            figure("KL to the pre-trained model", kl, one(of.probed, "kl", "", _CONSISTENCY), unit, no_probe, True),
+            figure("Entropy", entropy, of.entropies, "nats", no_probe),
             curves_figure(*spectrum, x_label="i", log=True),
         ],
         "Optimization": [
-            figure("Learning rate", "", one(logged, "learning_rate", "", _NEUTRAL), "", no_log, from_zero=True),
-            figure("Gradient norm", "before clipping", one(logged, "grad_norm", "", _NEUTRAL), "", no_norm, True),
+            figure("Learning rate", "", one(of.logged, "learning_rate", "", _NEUTRAL), "", no_log, from_zero=True),
+            figure("Gradient norm", "before clipping", one(of.logged, "grad_norm", "", _NEUTRAL), "", no_norm, True),
         ],
         "Cost": [
-            figure("Speed", "without evaluations and checkpoints", speed, per_second, no_speed, True),
-            figure("Peak memory", "so far", memory, "GB", no_log, from_zero=True),
+            figure("Speed", "without evaluations and checkpoints", of.speed, per_second, no_speed, True),
+            figure("Peak memory", "so far", of.memory, "GB", no_log, from_zero=True),
         ],
     }
-    if not any(f"eval_{name}" in h for h in evaluations for name in _METRICS):
+    if not any(f"eval_{name}" in h for h in of.evaluations for name in _METRICS):
         del sections["Evaluation"]
     if run.config.task == "nlu":
         del sections["Distance from the pre-trained model"]  # the probe's
