@@ -65,35 +65,8 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
     Raises:
         ValueError, TypeError: the model or the config does not fit; the model is then as it was.
     """
-    if not isinstance(peft_model, peft.PeftModel):
-        raise TypeError(f"peft_model: expected a peft.PeftModel, found {type(peft_model).__name__}")
-    if not isinstance(config, BALoraConfig):
-        raise TypeError(f"config: expected a BALoraConfig, found {type(config).__name__}")
-    if find(peft_model) is not None:
-        raise ValueError("peft_model: it is attached already; call balora.detach first")
-    for adapter in peft_model.peft_config.values():
-        if adapter.peft_type != peft.PeftType.LORA:
-            raise ValueError(f"peft_model: expected LoRA adapters, found {adapter.peft_type}")
-        how = getattr(adapter, "init_lora_weights", True)
-        if isinstance(how, str) and how.startswith(_REWRITES_BASE):
-            raise ValueError(
-                f"peft_model: init_lora_weights={how!r} changes the base weights, so the pre-trained model is lost; "
-                "use balora.get_pissa_model"
-            )
-    for name, p in peft_model.named_parameters():
-        if p.requires_grad and "lora_" not in name and "modules_to_save" not in name:
-            raise ValueError(
-                f"peft_model: {name} is trained and no adapter, so the pre-trained model would be lost; expected "
-                "frozen base weights"
-            )
-    check_weights_whole(peft_model)
+    _check(peft_model, config)
     base = peft_model.get_base_model()
-    if base.main_input_name != "input_ids" and getattr(base.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"peft_model: expected a model that reads text, {type(base).__name__} reads {base.main_input_name}"
-        )
-    if getattr(base.config, RESIDUAL_BASE, None) and not any(form_of(m) == "residual" for m in base.modules()):
-        raise ValueError("peft_model: its base is W_res of balora.quantize; load both with balora.load_quantized")
     heads = None
     if config.task == "nlu":
         config = sequence_classifier.checked_config(base, config)
@@ -127,6 +100,39 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
 
     base.forward = types.MethodType(forward, base)
     return peft_model
+
+
+def _check(peft_model: Any, config: Any) -> None:
+    """Raise unless the base weights of the model are those of the pre-trained one, and stay so."""
+    if not isinstance(peft_model, peft.PeftModel):
+        raise TypeError(f"peft_model: expected a peft.PeftModel, found {type(peft_model).__name__}")
+    if not isinstance(config, BALoraConfig):
+        raise TypeError(f"config: expected a BALoraConfig, found {type(config).__name__}")
+    if find(peft_model) is not None:
+        raise ValueError("peft_model: it is attached already; call balora.detach first")
+    for adapter in peft_model.peft_config.values():
+        if adapter.peft_type != peft.PeftType.LORA:
+            raise ValueError(f"peft_model: expected LoRA adapters, found {adapter.peft_type}")
+        how = getattr(adapter, "init_lora_weights", True)
+        if isinstance(how, str) and how.startswith(_REWRITES_BASE):
+            raise ValueError(
+                f"peft_model: init_lora_weights={how!r} changes the base weights, so the pre-trained model is lost; "
+                "use balora.get_pissa_model"
+            )
+    for name, p in peft_model.named_parameters():
+        if p.requires_grad and "lora_" not in name and "modules_to_save" not in name:
+            raise ValueError(
+                f"peft_model: {name} is trained and no adapter, so the pre-trained model would be lost; expected "
+                "frozen base weights"
+            )
+    check_weights_whole(peft_model)
+    base = peft_model.get_base_model()
+    if base.main_input_name != "input_ids" and getattr(base.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"peft_model: expected a model that reads text, {type(base).__name__} reads {base.main_input_name}"
+        )
+    if getattr(base.config, RESIDUAL_BASE, None) and not any(form_of(m) == "residual" for m in base.modules()):
+        raise ValueError("peft_model: its base is W_res of balora.quantize; load both with balora.load_quantized")
 
 
 def _known_heads(peft_model: peft.PeftModel) -> Heads | None:
