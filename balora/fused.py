@@ -210,12 +210,10 @@ class _Run(streaming.Run):
         from balora_kernels import eigh
 
         config = self.config
-        fits = self.d + self._extra_columns() <= eigh.LARGEST
+        beside = 0 if self.linear.extra is None else self.linear.extra.shape[1]
+        fits = self.d + beside <= eigh.LARGEST
         fits = fits or spectral.waits_for_nothing(rank_of(config.svd_rank, count), eigh) > 0
         return eigh if _never_waits(self.hidden) and config.svd_norm == "fro" and fits else None
-
-    def _extra_columns(self) -> int:
-        return 0 if self.linear.extra is None else self.linear.extra.shape[1]
 
     def x(self, h: Tensor, start: int) -> Tensor:
         """Rows that are left out are zeros, the 1 beside a bias too."""
