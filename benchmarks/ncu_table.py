@@ -3,7 +3,7 @@
 ncu … --csv --page raw --log-file FULL.csv python benchmarks/profiles.py --once
 python benchmarks/ncu_table.py FULL.csv OUT.csv
 python benchmarks/ncu_table.py --kernels     # a regular expression of their names, for ncu's -k regex:
-python benchmarks/ncu_table.py --metrics     # what the table needs, for ncu's --metrics: a full set takes 40 passes a launch
+python benchmarks/ncu_table.py --metrics     # what the table needs, for ncu's --metrics
 """
 
 from __future__ import annotations

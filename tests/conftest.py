@@ -92,7 +92,7 @@ def run(hidden, teacher, weight, labels, config, impl, normalizer=None):
 def assert_within_budget(found, plain, exact, dtype, what=""):
     """err(found) ≤ 2 · (err(plain torch in the same type) + eps(type) · max|exact|), NaN never passes.
 
-    A device's ex2.approx is off by 2 units in the last place, of which a KL near 0 makes eps/√KL: 16 eps of float32 there.
+    On a device it is 16 eps of float32: ex2.approx is off by 2 units in the last place, and a KL near 0 by eps/√KL.
     In float64 the reference is its own yardstick, so its error is not known: a fixed 1e-11 takes its place.
     """
     exact = exact.double()

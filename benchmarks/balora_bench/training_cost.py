@@ -142,7 +142,7 @@ class Child:
         text = self.errors.read().strip()
         print(text, file=sys.stderr, flush=True)  # the table has one line alone
         lines = text.splitlines()
-        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]  # CUDA's say more below
+        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]  # CUDA's go on below it
         return (errors or lines)[-1][:160] if lines else f"ended with status {self.process.returncode}"
 
     def end(self) -> None:
