@@ -66,6 +66,10 @@ def __getattr__(name: str) -> Any:
     return found
 
 
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_LAZY, "__version__", "reference"})
+
+
 def _import(module: str) -> Any:
     """The module of balora of that name; where a package that it needs is missing, the command that installs it."""
     without_hub_kernels()

@@ -231,7 +231,7 @@ def warn_of_rounding(model: nn.Module) -> None:
     name, of_module = next(((n, dtype) for n, dtype in in_full if dtype.itemsize < 4), ("", None))
     for found, way in (
         (half and f"its adapters are in {half}", "keep A and B in float32 (as get_pissa_model makes them)"),
-        (of_module and f"{name} is trained in {of_module}", "load the base in float32"),
+        (of_module and f"{name} is trained in {of_module}", "load the base in float32 (--dtype float32 --bf16 true)"),
     ):
         if found:
             warnings.warn(

@@ -6,15 +6,15 @@ import argparse
 import difflib
 import json
 import sys
+import traceback
 from typing import Any
 
 from . import __version__, _import, info
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``balora train | export | compare | quantize | bench | info …``; returns the exit status: 0, 1 where runs of a
-    comparison failed or a result of a benchmark was wrong, 2 for arguments or data that do not fit, 130 for an
-    interrupted comparison."""
+    """``balora train | export | compare | quantize | bench | info …``; returns the exit status: 0, 1 where a run
+    failed or a result of a benchmark was wrong, 2 for arguments or data that do not fit, 130 for an interruption."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["compare-run"]:  # the process of one run of a comparison
         return _compare_run(*argv[1:])
@@ -49,7 +49,15 @@ def _train(argv: list[str]) -> int:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         print(f"balora train: error: {error}", file=sys.stderr)
         return 2
-    run.train(*ready)
+    try:
+        run.train(*ready)
+    except KeyboardInterrupt:
+        print(f"\nbalora train: interrupted; {run.how_to_go_on(ready[0])}", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        print(f"balora train: the run failed; {run.how_to_go_on(ready[0])}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -106,7 +114,7 @@ def _compare(argv: list[str]) -> int:
             default=[],
             metavar=("OPTION", "VALUE"),
             help="an option of balora train and its values, each a run of the method balora; may be given again. "
-            "Other options stay: with r, lora_alpha does",
+            "Other options stay: with r, a lora_alpha that is set",
         )
         _describe(parser, output_dir="folder of all runs, each in METHOD/SEED; finished ones are not repeated")
         _describe(parser, resume_from_checkpoint=argparse.SUPPRESS)  # an interrupted run always goes on
@@ -158,7 +166,7 @@ def _quantize(argv: list[str]) -> int:
     parser.add_argument("--model", required=True, help="folder or name of a causal language model in full precision")
     parser.add_argument("--output_dir", required=True, help="a new or empty folder")
     parser.add_argument("--r", type=int, default=128, help="rank of the adapters (default: 128)")
-    parser.add_argument("--lora_alpha", type=float, default=128, help="their scaling times their rank (default: 128)")
+    parser.add_argument("--lora_alpha", type=float, help="their scaling times their rank (default: r)")
     parser.add_argument("--target_modules", nargs="+", help="layers to adapt, or one pattern; the others are quantized")
     parser.add_argument("--exclude_modules", nargs="+", help="layers of those to leave out")
     parser.add_argument("--double_quant", action="store_true", help="quantize the scales of the blocks too")
@@ -279,11 +287,15 @@ def _rank(text: str) -> float:
 def _read_recipe(path: str, actions: dict[str, argparse.Action]) -> dict[str, Any]:
     import yaml
 
-    with open(path, encoding="utf-8") as file:
-        try:
+    try:
+        with open(path, encoding="utf-8") as file:
             recipe = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: expected YAML, found {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise ValueError(f"recipe: expected a YAML file, found {error.strerror} at {path}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{path}{line}: expected YAML, found {str(error).splitlines()[0]}") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"{path}: expected a mapping of option names to values, found {type(recipe).__name__}")
     for name, value in recipe.items():

@@ -130,7 +130,6 @@ class BALoraConfig:
             )
         for name in ("lambda_consistency", "lambda_diversity", "lambda_svd", "svd_variance"):
             check_number(name, getattr(self, name))
-        for name in ("lambda_consistency", "lambda_diversity", "lambda_svd"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a weight of at least 0, found {getattr(self, name)!r}")
         check_positive("temperature", self.temperature)

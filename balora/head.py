@@ -54,7 +54,7 @@ class LinearHead:
             self._check_tensor("bias", bias, weight, (vocab,))
         if lora is not None:
             if not isinstance(lora, (tuple, list)) or len(lora) != 3:
-                raise TypeError(f"lora: expected (A, B, scaling), found {describe(lora)}")
+                raise TypeError(f"lora: expected (A, B, scaling), found {_kinds(lora)}")
             a, b, scaling = lora
             rank = a.shape[0] if isinstance(a, Tensor) and a.dim() == 2 else "r"
             self._check_tensor("lora: A", a, weight, (rank, d))
@@ -183,6 +183,13 @@ def _bit_sums(weight: Tensor) -> Tensor:
         rows.append(wide.sum(1))
         columns += wide.sum(0)
     return torch.cat([*rows, columns])
+
+
+def _kinds(value: Any) -> str:
+    """The types in a tuple, which may hold large tensors."""
+    if not isinstance(value, (tuple, list)):
+        return describe(value)
+    return f"({', '.join(type(entry).__name__ for entry in value)})"
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -77,6 +77,8 @@ def attach(peft_model: peft.PeftModel, config: BALoraConfig) -> peft.PeftModel:
         )
     four_bit.prepare(base)
     warn_of_rounding(base)
+    if not any(p.requires_grad for p in peft_model.parameters()):
+        warnings.warn("peft_model: nothing in it is trained (from_pretrained has is_trainable for that)", stacklevel=2)
     if config.task == "nlg":
         heads = _known_heads(peft_model)
     base._balora = Attachment(config, heads, base.__dict__.get("forward"))

@@ -162,6 +162,8 @@ def task_type(model: Any) -> str | None:
 
 
 def _check_model(model: nn.Module, form: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a transformers model, found {model!r} of type {type(model).__name__}")
     if isinstance(model, peft.PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise ValueError("model: expected a model without adapters, found one that peft has wrapped already")
     check_weights_whole(model)

@@ -118,7 +118,7 @@ def quantize(
     model: str | Path,
     output_dir: str | Path,
     r: int = 128,
-    lora_alpha: float = 128,
+    lora_alpha: float | None = None,
     target_modules: list[str] | str | None = None,
     *,
     double_quant: bool = False,
@@ -139,7 +139,7 @@ def quantize(
     Args:
         model: a folder or name of a causal language model in full precision.
         output_dir: a new or empty folder; nothing is left there after an error.
-        r, lora_alpha, target_modules: as in ``get_pissa_model``.
+        r, lora_alpha, target_modules: as in ``get_pissa_model``; without lora_alpha it is r.
         double_quant: quantize the scales of the blocks too (0.37 bits less a weight).
         dtype: of W, W_res before it is quantized, A₀, B₀ and later the computation: auto (the checkpoint's), float32,
             bfloat16 or float16.
@@ -172,6 +172,7 @@ def quantize(
             four_bit.check_widths(base)
         except ValueError as error:
             warnings.warn(f"the result can be trained on a GPU, but not on this machine: {error}", stacklevel=2)
+    lora_alpha = r if lora_alpha is None else lora_alpha
     wrapped = get_pissa_model(base, r, lora_alpha, as_named(target_modules), "residual", device=device, **pissa)
     errors = _first_of_each_kind(wrapped, double_quant, device)
 

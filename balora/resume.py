@@ -30,6 +30,9 @@ def checkpoint(training: TrainingArguments) -> str | None:
     folder = Path(str(training.output_dir))
     if folder.is_file():
         raise ValueError(f"output_dir: expected a folder, found the file {folder}")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir: expected a folder to write to, found {there}, where this user may not write")
     found = checkpoints.newest_first(folder)
     asked = training.resume_from_checkpoint
     if asked is None or str(asked).lower() == "false":
@@ -45,12 +48,17 @@ def checkpoint(training: TrainingArguments) -> str | None:
         if not checkpoints.resumable(Path(asked)):
             raise ValueError(f"resume_from_checkpoint: expected 'true' or a complete checkpoint, found {asked!r}")
         return str(asked)
-    path = checkpoints.newest(folder, checkpoints.resumable, lambda text: tasks.say(f"resume: {text}"))
+    path = complete(folder)
     if path is not None:
         tasks.say(f"resume: from {path}")
         return str(path)
     tasks.say(f"resume: no complete checkpoint in {folder}, starting from the beginning")
     return None
+
+
+def complete(folder: Path) -> Path | None:
+    """The newest checkpoint of the output folder that a run can go on from."""
+    return checkpoints.newest(folder, checkpoints.resumable, lambda text: tasks.say(f"resume: {text}"))
 
 
 def settled(run: Any, training: TrainingArguments) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -105,7 +106,7 @@ def as_named(targets: list[str] | str | None) -> list[str] | str | None:
 
 
 def check_any_hit(model: nn.Module, targets: list[str] | str) -> None:
-    """Raise where no module has any of these names. peft asks for no more: a list may serve several architectures."""
+    """Raise where no module has any of these names, warn of one that none has: a list may serve several models."""
     _check_names("target_modules", targets)
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
     if not everything and not any(named_by(targets, name) for name, _ in model.named_modules()):
@@ -113,6 +114,9 @@ def check_any_hit(model: nn.Module, targets: list[str] | str) -> None:
         raise ValueError(
             f"target_modules: expected layers of the model, of {', '.join(found)}; found {targets!r}, which names none"
         )
+    for target in [] if isinstance(targets, str) else targets:
+        if not any(named_by([target], name) for name, _ in model.named_modules()):
+            warnings.warn(f"target_modules: no module of the model is named {target!r}", stacklevel=2)
 
 
 def check_hits(model: nn.Module, argument: str, names: list[str] | str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from transformers import (
     AutoConfig,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -64,7 +65,9 @@ class RunArguments:
         },
     )
     r: int = field(default=128, metadata={"help": "rank of the adapters"})
-    lora_alpha: float = field(default=128, metadata={"help": "the adapters' scaling times their rank"})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "the adapters' scaling times their rank; unset: r, a scaling of 1"}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout in front of the adapters"})
     form: str = field(
         default="offset",
@@ -128,6 +131,8 @@ def setup(
         ValueError, TypeError, OSError: something does not fit; nothing has been trained or overwritten then.
     """
     run = quantized.settled(run, recipe)
+    if run.lora_alpha is None:
+        run = replace(run, lora_alpha=run.r)
     _check_run(run, config)
     _check_training(training)
     checkpoint = resume.checkpoint(training)
@@ -174,6 +179,7 @@ def setup(
     if training.should_save:
         _keep(Path(str(training.output_dir)), task.classes, recipe, checkpoint is not None)
     trainer.recipe = resume.recipe_text({**(recipe or {}), **resume.settled(run, training)})
+    trainer.callback_handler.callbacks.insert(0, _AllStepsTaken())
     return trainer, checkpoint
 
 
@@ -222,19 +228,37 @@ def _adapted(model: Any, run: RunArguments, trained_in_full: list[str]) -> peft.
     return wrapped
 
 
+class _NothingLeft(Exception):
+    """The checkpoint that a run goes on from is that of its last step."""
+
+
+class _AllStepsTaken(TrainerCallback):
+    """The Trainer would take one step more, where the last one was not the end of an epoch."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise _NothingLeft
+
+
 def train(trainer: BALoraTrainer, checkpoint: str | None) -> Path:
     """Train, from ``checkpoint`` if there is one, and write the LoRA to ``<output_dir>/lora``; returns that folder."""
+    result = None
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
+    except _NothingLeft:
+        tasks.say(f"train: {checkpoint} is that of the last step, {trainer.state.global_step}; none is left to take")
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
     except BaseException as error:
         if trainer.report is not None:
             trainer.report.stop(error, trainer.state)
         raise
-    if checkpoint is not None:
-        tasks.say(f"train: train_loss counts the steps after {checkpoint} only")
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
+    if result is not None:
+        if checkpoint is not None:
+            tasks.say(f"train: train_loss counts the steps after {checkpoint} only")
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
@@ -254,6 +278,18 @@ def train(trainer: BALoraTrainer, checkpoint: str | None) -> Path:
     if trainer.report is not None and trainer.report.written:
         print(f"report: {trainer.report.path}", flush=True)
     return folder
+
+
+def how_to_go_on(trainer: BALoraTrainer) -> str:
+    """What is left of a run that did not end: for the user."""
+    folder = Path(str(trainer.args.output_dir))
+    found = resume.complete(folder)
+    if found is None:
+        return f"{folder} has no complete checkpoint yet (save_steps is {trainer.args.save_steps:g})"
+    return (
+        f"`balora train {folder / RECIPE} --resume_from_checkpoint true` goes on from {found.name}, "
+        f"`balora export {folder} OUT_DIR` writes its LoRA"
+    )
 
 
 def _add_report(trainer: BALoraTrainer, about: dict[str, str], recipe: dict[str, Any] | None) -> None:

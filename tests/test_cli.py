@@ -46,7 +46,7 @@ def flags(values):
 def test_defaults_are_the_published_settings(inputs, tmp_path):
     words = flags(dict(model=inputs / "model", data=inputs / "rows.jsonl", output_dir=tmp_path, use_cpu=True))
     _, (run, config, training) = cli._train_arguments(train, words)
-    assert (run.r, run.lora_alpha, run.form, run.adapter) == (128, 128, "offset", "pissa")
+    assert (run.r, run.lora_alpha, run.form, run.adapter) == (128, None, "offset", "pissa")  # alpha: as r
     assert (training.learning_rate, training.lr_scheduler_type) == (2e-5, "cosine")
     assert (training.warmup_steps, training.num_train_epochs) == (0.03, 1)
     assert config == BALoraConfig()
@@ -322,14 +322,14 @@ def test_a_missing_output_dir_and_bad_recipes(inputs, tmp_path, capsys):
     for text, message in [
         ("model: x\nlamda_svd: 1", "recipe.yaml: unknown option 'lamda_svd'; did you mean --lambda_svd?"),
         ("- a\n- b", "recipe.yaml: expected a mapping of option names to values, found list"),
-        ("a: [", "recipe.yaml: expected YAML, found"),
+        ("r: 4\na: [", "recipe.yaml, line 2: expected YAML, found"),
         ("temperature: [1, 2]", "recipe.yaml: temperature: expected one value, found the list [1, 2]"),
     ]:
         recipe.write_text(text)
         assert cli.main(["train", str(recipe)]) == 2
         assert message in capsys.readouterr().err
     assert cli.main(["train", "nowhere.yaml"]) == 2
-    assert "nowhere.yaml" in capsys.readouterr().err
+    assert "recipe: expected a YAML file, found No such file or directory at nowhere.yaml" in capsys.readouterr().err
     values = options(inputs, "x")
     del values["output_dir"]
     with pytest.raises(SystemExit):

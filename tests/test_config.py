@@ -25,6 +25,7 @@ from balora.config import rank_of
         ("svd_rank", 0.0, ValueError),
         ("svd_rank", "3", TypeError),
         ("svd_variance", float("nan"), ValueError),
+        ("svd_variance", -1.0, ValueError),
         ("consistency", "mse", ValueError),
         ("diversity", "all", ValueError),
         ("task", "vision", ValueError),

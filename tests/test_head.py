@@ -399,7 +399,7 @@ BAD = {
     "softcap zero": (dict(softcap=0.0), ValueError, "softcap: expected a number above 0 or None, found 0.0"),
     "softcap text": (dict(softcap="30"), TypeError, "softcap: expected a number, found '30' of type str"),
     "scale": (dict(scale=float("nan")), ValueError, "scale: expected a finite number, found nan"),
-    "lora": (dict(lora=(W, W)), TypeError, r"lora: expected \(A, B, scaling\)"),
+    "lora": (dict(lora=(W, W)), TypeError, r"lora: expected \(A, B, scaling\), found \(Tensor, Tensor\)$"),
     "lora A": (
         dict(lora=(torch.ones(2, 4), torch.ones(5, 2), 1.0)),
         ValueError,

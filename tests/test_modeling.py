@@ -287,7 +287,9 @@ def test_misuse_is_named():
     for call in (lambda: balora.detach(model), lambda: balora.set_progress(model, 0, 1)):
         with pytest.raises(ValueError, match="it is not attached; call balora.attach"):
             call()
-    balora.attach(model, CONFIG)
+    model.requires_grad_(False)
+    with pytest.warns(UserWarning, match="peft_model: nothing in it is trained"):
+        balora.attach(model, CONFIG)
     with pytest.raises(ValueError, match="attached already"):
         balora.attach(model, CONFIG)
     with pytest.raises(ValueError, match="step: expected at least 0, found -1"):

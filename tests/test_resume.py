@@ -104,8 +104,11 @@ def test_a_resumed_run_says_what_its_train_loss_counts_and_may_have_fewer_steps(
     values = options(inputs, tmp_path / "run", max_steps=3, save_steps=3)
     assert cli.main(["train", *flags(values)]) == 0
     assert "train_loss counts" not in capsys.readouterr().out
+    checkpoint = tmp_path / "run" / "checkpoint-3"
     assert cli.main(["train", *flags({**values, "max_steps": 2}), "--resume_from_checkpoint", "true"]) == 0
-    assert f"train_loss counts the steps after {tmp_path / 'run' / 'checkpoint-3'} only" in capsys.readouterr().out
+    assert f"{checkpoint} is that of the last step, 3" in capsys.readouterr().out
+    assert cli.main(["train", *flags({**values, "max_steps": 4}), "--resume_from_checkpoint", "true"]) == 0
+    assert f"train_loss counts the steps after {checkpoint} only" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -145,8 +148,60 @@ def test_an_output_folder_that_is_a_file(inputs, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_an_output_folder_that_cannot_be_written(inputs, tmp_path, capsys, monkeypatch):
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and may(path, mode))
+    assert cli.main(["train", *flags(options(inputs, tmp_path / "new" / "run"))]) == 2
+    assert f"output_dir: expected a folder to write to, found {tmp_path}, where this user" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_resuming_a_run_that_has_no_checkpoint_starts_it(inputs, tmp_path, capsys):
     values = options(inputs, tmp_path / "run", save_strategy="no", resume_from_checkpoint="true")
     assert cli.main(["train", *flags(values)]) == 0
     assert "resume: no complete checkpoint" in capsys.readouterr().out
     assert "resume_from_checkpoint" not in yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_whose_steps_are_all_taken_is_exported_and_no_more(inputs, tmp_path, capsys):
+    """As one that was killed between its last checkpoint and its export, in the middle of an epoch."""
+    out = tmp_path / "run"
+    values = options(inputs, out, save_steps=3, max_steps=3, learning_rate=1e-2, lr_scheduler_type="constant")
+    assert cli.main(["train", *flags(values)]) == 0
+    weights = (out / "lora" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(out / "lora")
+    capsys.readouterr()
+    assert cli.main(["train", str(out / "recipe.yaml"), "--resume_from_checkpoint", "true"]) == 0
+    assert f"{out / 'checkpoint-3'} is that of the last step, 3; none is left to take" in capsys.readouterr().out
+    assert (out / "lora" / "adapter_model.safetensors").read_bytes() == weights
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
+    config = json.loads((out / "checkpoint-3" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 4  # that nobody set
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [(KeyboardInterrupt(), 130, "interrupted"), (OSError(28, "No space left on device"), 1, "the run failed")],
+)
+def test_a_run_that_is_stopped_says_how_to_go_on(inputs, tmp_path, capsys, monkeypatch, error, status, told):
+    def stop_at(last):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == last:
+                raise error
+
+        return on_step_end
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(train._AllStepsTaken, "on_step_end", stop_at(1))
+    assert cli.main(["train", *flags(options(inputs, out, save_steps=2))]) == status
+    assert f"{told}; {out} has no complete checkpoint yet (save_steps is 2)" in capsys.readouterr().err
+    monkeypatch.setattr(train._AllStepsTaken, "on_step_end", stop_at(3))
+    assert cli.main(["train", *flags(options(inputs, out, save_steps=2))]) == status
+    shown = capsys.readouterr().err
+    assert ("Traceback" in shown) == (status == 1)
+    assert (
+        f"{told}; `balora train {out}/recipe.yaml --resume_from_checkpoint true` goes on from checkpoint-2, "
+        f"`balora export {out} OUT_DIR` writes its LoRA" in shown
+    )

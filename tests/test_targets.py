@@ -396,3 +396,12 @@ def test_a_layer_that_stays_in_memory_may_be_adapted_beside_an_offloaded_one(tmp
     model(**batch()).loss.backward()
     with balora.teacher(model):
         assert torch.equal(logits(model), before)
+
+
+def test_a_name_that_no_module_has_is_told():
+    """A list may serve several models, so the others do."""
+    with pytest.warns(UserWarning, match="target_modules: no module of the model is named 'v_porj'"):
+        model = balora.get_pissa_model(tiny("llama"), r=2, target_modules=["q_proj", "v_porj"])
+    assert {name.rpartition(".")[2] for name in adapted(model)} == {"q_proj"}
+    with pytest.raises(TypeError, match="model: expected a transformers model, found 'llama' of type str"):
+        balora.get_pissa_model("llama", r=2)
