@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import sys
 import traceback
 from typing import Any
@@ -34,11 +35,15 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("bench", add_help=False, help="time and memory of every operation, beside its peers")
     commands.add_parser("info", help="versions, devices, which implementation runs, and why the others do not")
     command = parser.parse_args(argv if argv[:1] == ["info"] else argv[:1]).command
-    if command == "info":
-        info()
-        return 0
     run = {"train": _train, "export": _export, "compare": _compare, "quantize": _quantize, "bench": _bench}
-    return run[command](argv[1:])
+    try:
+        if command != "info":
+            return run[command](argv[1:])
+        info()
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush raises it again
+    return 0
 
 
 def _train(argv: list[str]) -> int:

@@ -3,6 +3,7 @@
 import builtins
 import json
 import shutil
+import subprocess
 import sys
 
 import peft
@@ -335,6 +336,15 @@ def test_a_missing_output_dir_and_bad_recipes(inputs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", *flags(values)])
     assert "required: --output_dir" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "balora.cli", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.communicate()[1] == b""
+    assert process.returncode == 0
 
 
 @pytest.mark.usefixtures("no_pictures")
