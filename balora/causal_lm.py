@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from .attachment import Attachment, at_least_one, check_no_cache
 from .checks import IGNORE_INDEX
 from .config import BALoraConfig
-from .functional import BALoraOutput, linear_objective, logits_objective
+from .functional import BALoraOutput, LinearHead, linear_objective, logits_objective
 from .output_layer import decoder_of, heads_now, without_adapter
 from .pretrained import teacher
 from .sharding import hooked, within
@@ -104,8 +104,8 @@ def head_objective(
             heads.student.prepare_svd()  # not when the schedule first asks: what does not fit should fail at once
         device = heads.student.weight.device
         result = linear_objective(
-            hidden.to(device),
-            None if teacher_hidden is None else teacher_hidden.to(device),
+            _as_the_head_takes(hidden, heads.student),
+            None if teacher_hidden is None else _as_the_head_takes(teacher_hidden, heads.student),
             heads.student,
             labels.to(device),
             config,
@@ -143,6 +143,14 @@ def from_logits(
         outputs.logits, teacher_logits, labels.to(device), config, at_least_one(normalizer, device)
     )
     return result, outputs
+
+
+def _as_the_head_takes(hidden: Tensor, head: LinearHead) -> Tensor:
+    """On the head's device. Under autocast a LayerNorm gives float32, which a head in half precision would round."""
+    device, dtype = head.weight.device, hidden.dtype
+    if dtype == torch.float32 and head.weight.dtype.itemsize == 2 and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return hidden.to(device, dtype)
 
 
 def _aux_weight(model: Any) -> float:

@@ -127,7 +127,7 @@ th[scope=row] { color: var(--soft); padding-right: 1.2rem }
 .numbers td, th[scope=col] { text-align: right; padding-left: 1rem; white-space: nowrap }
 thead th, thead td { border-top: 0; color: var(--soft) }
 table + .note { margin-top: .5rem }
-.plots { display: grid; gap: 1.8rem 2.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)) }
+.plots { display: grid; gap: 1.8rem 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)) }
 section > .note { margin: -.4rem 0 1rem }
 figure { margin: 0; max-width: 32rem }
 figcaption { margin-bottom: .4rem; min-height: 2.7rem }

@@ -269,7 +269,7 @@ def randomized_svd(
         n_iter: power iterations, at least 0.
         seed: of the sketch.
         impl: "auto", "cuda" (the compiled extension), "torch", or "reference" (a full decomposition, differentiable in
-            all three: for tests).
+            all three: for tests). Into a CUDA graph goes "cuda" with rank + oversample up to 64, not of float64.
 
     Returns:
         U [..., m, k], S [..., k] descending, Vh [..., k, n], in float32 (float64 for float64 inputs), with orthonormal

@@ -208,7 +208,8 @@ class Linear:
     Shapes: c rows of a chunk, e = r + 1 columns (or r, or 1, or none).
     """
 
-    _TILE_BYTES = 4 * 2**20  # a tile of the head that is widened
+    _TILE_BYTES = 4 * 2**20  # a tile of the head that is widened: it should stay in the cache
+    _TILE_BYTES_CUDA = 128 * 2**20  # and on a device have work for all of it
 
     def __init__(self, head: LinearHead, dtype: torch.dtype) -> None:
         self.dtype, self.scale = dtype, head.scale
@@ -274,7 +275,8 @@ class Linear:
         if weight.dtype == self.dtype:
             yield slice(0, len(weight)), weight
             return
-        step = max(1, min(len(weight), self._TILE_BYTES // (weight.shape[1] * self.dtype.itemsize)))
+        tile_bytes = self._TILE_BYTES_CUDA if weight.is_cuda else self._TILE_BYTES
+        step = max(1, min(len(weight), tile_bytes // (weight.shape[1] * self.dtype.itemsize)))
         if self._buffer is None or len(self._buffer) < step:
             self._buffer = weight.new_empty(step, weight.shape[1], dtype=self.dtype)
         for start in range(0, len(weight), step):

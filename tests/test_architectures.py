@@ -10,7 +10,7 @@ import torch.nn.functional as nnF
 import transformers
 
 import balora
-from balora import BALoraConfig, LinearHead, spectral
+from balora import BALoraConfig, LinearHead, causal_lm, spectral
 from balora import functional as F
 
 from .architectures import ARCHITECTURES, VOCAB, block_layers, tiny
@@ -146,6 +146,20 @@ def test_autocast(name):
     model = attach(lora(name, torch.float32))
     context = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
     assert_plain(model, batch(), tolerance=0.05, context=context)
+
+
+def test_autocast_of_a_model_whose_last_norm_gives_float32(monkeypatch):
+    """As LayerNorm does on a device. A head in bfloat16 rounds that; float32 products would take ten times as long."""
+    model = attach(lora("phi", torch.bfloat16))
+    model.get_base_model().model.final_layernorm.register_forward_hook(lambda module, args, output: output.float())
+    seen = []
+    objective = causal_lm.linear_objective
+    monkeypatch.setattr(
+        causal_lm, "linear_objective", lambda h, t, *a, **k: seen.extend((h, t)) or objective(h, t, *a, **k)
+    )
+    context = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    assert_plain(model, batch(), tolerance=0.05, context=context)
+    assert {t.dtype for t in seen} == {torch.bfloat16}
 
 
 def test_a_compiled_model():

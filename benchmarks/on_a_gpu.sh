@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# What needs a GPU, the most wanted first, within a time. Called again it goes on where the time was over.
+#
+#     benchmarks/on_a_gpu.sh OUT [SECONDS]
+#
+# Tables, pictures and the log of every step go to OUT/gpu.tgz, anew after each step: whatever ends the call costs the
+# running step alone. The last one is stopped after SECONDS (540). What has to be installed: benchmarks/README.md.
+# A method, model or implementation less: METHODS, COST_OPTIONS and the like, as for make.
+set -u
+cd "$(dirname "$0")/.."
+out=${1:?expected the folder for gpu.tgz}
+seconds=${2:-540}
+work=runs/on-a-gpu
+mkdir -p "$out" $work/logs $work/results $work/pictures
+export RESULTS=$work/results PICTURES=$work/pictures TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0}
+
+archive() {
+  tar czf "$out/.gpu.tgz" -C $work logs results pictures && mv "$out/.gpu.tgz" "$out/gpu.tgz"
+}
+
+# step NAME COMMAND…: unless it has ended in an earlier call, well or not.
+step() {
+  local name=$1 left=$((seconds - SECONDS)) status
+  shift
+  if [ -e $work/$name.done ]; then return; fi
+  if [ $left -lt 15 ]; then echo "== $name: no time left"; return; fi
+  echo "== $name: $left s left"
+  timeout --kill-after=5 $left "$@" > $work/logs/$name.log 2>&1
+  status=$?
+  tail -n 12 $work/logs/$name.log
+  echo "== $name: status $status, $SECONDS s"
+  # What a whole call is too short for would keep the others from their turn.
+  if [ $status -ne 124 ] && [ $status -ne 137 ] || [ $left -gt $((seconds - 15)) ]; then touch $work/$name.done; fi
+  archive
+}
+
+step build make gpu-build
+step smoke make gpu-cost COST=llama-3-8b CHECKPOINTING=off METHODS="pissa balora" COST_OPTIONS="--steps 2 --warm_up 1" \
+  RESULTS=$work/smoke
+step cost-llama-3-8b make gpu-cost COST=llama-3-8b CHECKPOINTING=off
+step cost-llama-2-7b make gpu-cost COST=llama-2-7b CHECKPOINTING="off on"
+step tests env PYTEST_ADDOPTS="-n 12 -v --tb=short" make -k gpu-tests
+step bench make gpu-bench IMPL="triton cuda streaming torch batched naive liger-chunked-jsd liger-flce cut-cross-entropy svd-lowrank peft-pissa-niter-16"
+step profiles make gpu-profiles
+step cost-rest make gpu-cost COST="llama-3-8b gemma-2-2b" CHECKPOINTING=on METHODS="pissa published balora"
+step sweep make gpu-sweep IMPL="triton naive"
