@@ -276,7 +276,10 @@ def _legend(colors: Mapping[str, str]) -> str:
 
 _STYLE = """
 .wide { overflow-x: auto }
-.wide th[scope=row] { white-space: nowrap }
+.wide table { font-size: .8rem }
+.wide th[scope=row] { white-space: nowrap; padding-right: .3rem }
+.wide td, .wide th[scope=col] { padding-left: .75rem }
+.wide th[scope=col] { white-space: normal; vertical-align: bottom }
 .swatch { display: inline-block; width: .7rem; height: .7rem; border-radius: .15rem; margin-right: .45rem }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; font-size: .9rem; margin: .6rem 0 }
 .small { margin-top: .8rem; border: 0; padding: 0; font-size: .9rem }
