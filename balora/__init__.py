@@ -5,6 +5,7 @@
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from . import dispatch, functional
@@ -67,7 +68,10 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *_LAZY, "__version__", "reference"})
+    found = {*__all__, *_LAZY, "__version__", "reference"}
+    if not all(importlib.util.find_spec(package) for package in ("peft", "transformers")):
+        found -= _LAZY.keys()  # help() and inspect take every name that is told
+    return sorted(found)
 
 
 def _import(module: str) -> Any:

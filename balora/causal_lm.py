@@ -146,10 +146,13 @@ def from_logits(
 
 
 def _as_the_head_takes(hidden: Tensor, head: LinearHead) -> Tensor:
-    """On the head's device. Under autocast a LayerNorm gives float32, which a head in half precision would round."""
+    """On the head's device. Under autocast a LayerNorm gives float32, which a head of autocast's type would round; so
+    a KL below what that rounding makes of equal distributions is lost, as in the model's own logits.
+    """
     device, dtype = head.weight.device, hidden.dtype
-    if dtype == torch.float32 and head.weight.dtype.itemsize == 2 and torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
+        rounded = torch.get_autocast_dtype(device.type)
+        dtype = rounded if rounded == head.weight.dtype else dtype
     return hidden.to(device, dtype)
 
 

@@ -41,8 +41,11 @@ def main(argv: list[str] | None = None) -> int:
             return run[command](argv[1:])
         info()
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads the output has seen enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush raises it again
+    except BrokenPipeError:
+        if command != "info" and not {"-h", "--help"} & set(argv):
+            raise
+        # Who reads it has seen enough, as head does. Else Python's last flush raises it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -165,6 +165,8 @@ def _swept(
         raise ValueError(f"sweep: expected an option and its values, found {sweep!r} alone")
     base = _options_of("balora", kept, config)
     parsed = {k: v for part in parse(base) for k, v in vars(part).items()}
+    if parsed["lora_alpha"] is None:
+        parsed["lora_alpha"] = parsed["r"]
     if sweep not in parsed or sweep in ("seed", "adapter", "output_dir"):
         raise ValueError(f"sweep: expected an option of balora train (not seed, adapter, output_dir), found {sweep!r}")
     found: list[tuple[Any, str]] = []

@@ -13,7 +13,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from . import reference
-from .adapters import form_of, frozen, initial_scaling
+from .adapters import ADAPTER, form_of, frozen, initial_scaling
 from .functional import LinearHead
 from .pretrained import evaluating, teacher
 
@@ -152,7 +152,7 @@ def _head_adapter(layer: LoraLayer, name: str) -> tuple[Adapter, Adapter | None]
     form = form_of(layer)
     if form == "residual":
         return (a, b, scaling), (*frozen(layer), initial_scaling(layer))
-    if form == "offset":  # s·(BA − B₀A₀) as one product, its roundings relative to the change
+    if form == "offset" and name == ADAPTER:  # s·(BA − B₀A₀) as one product, its roundings relative to the change
         a0, b0 = (t.to(a.dtype) for t in frozen(layer))
         return (torch.cat([a - a0, a0]), torch.cat([b, b - b0], dim=1), scaling), None
     if layer.lora_variant.get(name) is not None:

@@ -31,7 +31,7 @@ def checkpoint(training: TrainingArguments) -> str | None:
     if folder.is_file():
         raise ValueError(f"output_dir: expected a folder, found the file {folder}")
     there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    if not os.access(there, os.W_OK | os.X_OK):
+    if training.should_save and not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"output_dir: expected a folder to write to, found {there}, where this user may not write")
     found = checkpoints.newest_first(folder)
     asked = training.resume_from_checkpoint

@@ -179,7 +179,7 @@ def setup(
     if training.should_save:
         _keep(Path(str(training.output_dir)), task.classes, recipe, checkpoint is not None)
     trainer.recipe = resume.recipe_text({**(recipe or {}), **resume.settled(run, training)})
-    trainer.callback_handler.callbacks.insert(0, _AllStepsTaken())
+    trainer.add_callback(_AllStepsTaken())
     return trainer, checkpoint
 
 
@@ -233,7 +233,9 @@ class _NothingLeft(Exception):
 
 
 class _AllStepsTaken(TrainerCallback):
-    """The Trainer would take one step more, where the last one was not the end of an epoch."""
+    """The Trainer would take one step more, where the last one was not the end of an epoch. After the other callbacks,
+    which have begun then, and are ended in ``train``.
+    """
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
@@ -249,6 +251,8 @@ def train(trainer: BALoraTrainer, checkpoint: str | None) -> Path:
         tasks.say(f"train: {checkpoint} is that of the last step, {trainer.state.global_step}; none is left to take")
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        trainer.is_in_train = False
     except BaseException as error:
         if trainer.report is not None:
             trainer.report.stop(error, trainer.state)
@@ -258,7 +262,7 @@ def train(trainer: BALoraTrainer, checkpoint: str | None) -> Path:
             tasks.say(f"train: train_loss counts the steps after {checkpoint} only")
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
+    trainer.save_state()
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
@@ -285,7 +289,9 @@ def how_to_go_on(trainer: BALoraTrainer) -> str:
     folder = Path(str(trainer.args.output_dir))
     found = resume.complete(folder)
     if found is None:
-        return f"{folder} has no complete checkpoint yet (save_steps is {trainer.args.save_steps:g})"
+        strategy = trainer.args.save_strategy.value
+        steps = f", save_steps {trainer.args.save_steps:g}" if strategy == "steps" else ""
+        return f"{folder} has no complete checkpoint yet (save_strategy is {strategy}{steps})"
     return (
         f"`balora train {folder / RECIPE} --resume_from_checkpoint true` goes on from {found.name}, "
         f"`balora export {folder} OUT_DIR` writes its LoRA"

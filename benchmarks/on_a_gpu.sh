@@ -5,14 +5,17 @@
 #
 # Tables, pictures and the log of every step go to OUT/gpu.tgz, anew after each step: whatever ends the call costs the
 # running step alone. The last one is stopped after SECONDS (540). What has to be installed: benchmarks/README.md.
-# A method, model or implementation less: METHODS, COST_OPTIONS and the like, as for make.
+# A method, model or implementation less: METHODS, COST_OPTIONS and the like, as for make. The extension is built for the
+# first device, unless TORCH_CUDA_ARCH_LIST names others.
 set -u
+out=$(realpath -m "${1:?expected the folder for gpu.tgz}")
 cd "$(dirname "$0")/.."
-out=${1:?expected the folder for gpu.tgz}
 seconds=${2:-540}
+least=${LEAST:-15}  # seconds that a step is begun with
 work=runs/on-a-gpu
 mkdir -p "$out" $work/logs $work/results $work/pictures
-export RESULTS=$work/results PICTURES=$work/pictures TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0}
+export RESULTS=$work/results PICTURES=$work/pictures
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)}
 
 archive() {
   tar czf "$out/.gpu.tgz" -C $work logs results pictures && mv "$out/.gpu.tgz" "$out/gpu.tgz"
@@ -23,14 +26,14 @@ step() {
   local name=$1 left=$((seconds - SECONDS)) status
   shift
   if [ -e $work/$name.done ]; then return; fi
-  if [ $left -lt 15 ]; then echo "== $name: no time left"; return; fi
+  if [ $left -lt $least ]; then echo "== $name: no time left"; return; fi
   echo "== $name: $left s left"
   timeout --kill-after=5 $left "$@" > $work/logs/$name.log 2>&1
   status=$?
   tail -n 12 $work/logs/$name.log
   echo "== $name: status $status, $SECONDS s"
   # What a whole call is too short for would keep the others from their turn.
-  if [ $status -ne 124 ] && [ $status -ne 137 ] || [ $left -gt $((seconds - 15)) ]; then touch $work/$name.done; fi
+  if [ $status -ne 124 ] && [ $status -ne 137 ] || [ $left -gt $((seconds - least)) ]; then touch $work/$name.done; fi
   archive
 }
 

@@ -57,25 +57,22 @@ def _most(found: list[dict[str, Any]], name: str) -> float:
 
 
 def _bar(axis: Any, row: dict[str, Any], looks: dict[str, dict[str, str]], names: list[str]) -> None:
-    total, start, small = row["profiled"], 0.0, 0.0
+    total, start = row["profiled"], 0.0
     end = max(total, row["floor"]) * 1.02
-    labels: list[tuple[float, str]] = []
-    for name in names:
-        ms = row["parts"].get(name, 0.0)
-        if ms < 0.03 * total:
-            small += ms
-            continue
-        axis.barh(0, ms, left=start, height=0.5, edgecolor="white", linewidth=0.8, **looks[name])
-        if ms > 0.06 * end:
-            axis.text(start + ms / 2, 0, f"{100 * ms / total:.0f} %", ha="center", va="center", color="black",
-                      bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1})  # fmt: skip
-        labels.append((start + ms / 2, name if ms > 0.06 * end else f"{name} {100 * ms / total:.0f} %"))
+    shown = {name: row["parts"].get(name, 0.0) for name in names}
+    shown = {name: ms for name, ms in shown.items() if ms >= 0.03 * total}
+    rest = total - sum(shown.values())
+    bar = {"height": 0.5, "edgecolor": "white", "linewidth": 0.8}
+    for name, ms in shown.items():
+        axis.barh(0, ms, left=start, label=f"{name} {100 * ms / total:.0f} %", **bar, **looks[name])
         start += ms
-    if small:
-        axis.barh(0, small, left=start, height=0.5, color=GRAY, edgecolor="white", linewidth=0.8)
-        labels.append((start + small / 2, f"rest {100 * small / total:.0f} %"))
-    _label(axis, labels, end)
-    axis.plot([row["floor"]] * 2, [-0.33, 0.33], color="black", linewidth=2)
+    if rest > 0.005 * total:
+        axis.barh(0, rest, left=start, label=f"rest {100 * rest / total:.0f} %", color=GRAY, **bar)
+    axis.legend(
+        loc="lower left", bbox_to_anchor=(0, 0.98), ncols=len(shown) + 1, frameon=False, fontsize=8,
+        borderpad=0, borderaxespad=0.3, handlelength=1, handletextpad=0.5, columnspacing=1.4,
+    )  # fmt: skip
+    axis.plot([row["floor"]] * 2, [-0.33, 0.28], color="black", linewidth=2)
     near_end = row["floor"] > 0.6 * end
     text = f"floor {milliseconds(row['floor'])} ms: {row['floor_label']}"
     axis.annotate(
@@ -83,30 +80,9 @@ def _bar(axis: Any, row: dict[str, Any], looks: dict[str, dict[str, str]], names
         textcoords="offset points", ha="right" if near_end else "left", va="top", fontsize=8,
     )  # fmt: skip
     unprofiled = f"{milliseconds(row['call'])} ms, {row['call'] / row['floor']:.2f} × the floor"
-    axis.set_title(f"{row['operation']}, {row['case']}: {unprofiled}", loc="left", fontsize=9, pad=30)
+    axis.set_title(f"{row['operation']}, {row['case']}: {unprofiled}", loc="left", fontsize=9, pad=21)
     axis.set(yticks=[], ylim=(-0.62, 0.3), xlim=(0, end))
     axis.spines["left"].set_visible(False)
-
-
-def _label(axis: Any, labels: list[tuple[float, str]], end: float) -> None:
-    """Names above the bar, by turns in two lines; each line is pushed to the right, then back from its end."""
-    for line in (0, 1):
-        here = labels[line::2]
-        widths = [0.0098 * end * (len(name) + 1) for _, name in here]
-        lefts: list[float] = []
-        for (x, _), width in zip(here, widths, strict=True):
-            free = lefts[-1] + widths[len(lefts) - 1] if lefts else 0.0
-            lefts.append(max(x - width / 2, free))
-        limit = end
-        for i in reversed(range(len(here))):
-            lefts[i] = min(lefts[i], limit - widths[i])
-            limit = lefts[i]
-        for (x, name), left, width in zip(here, lefts, widths, strict=True):
-            axis.annotate(
-                name, (x, 0.25), (left + width / 2, 0.33 + 0.17 * line), textcoords="data", ha="center", va="bottom",
-                fontsize=8, annotation_clip=False,
-                arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "#555555", "shrinkA": 1, "shrinkB": 0},
-            )  # fmt: skip
 
 
 def roofline(found: list[Count], devices: tuple[Device, ...], path: Path, timed: bool = False) -> None:
@@ -163,7 +139,7 @@ NUDGED: dict[str, tuple[tuple[int, int], str]] = {
     "apply_kernel": ((0, -14), "center"),
     "gather_kernel": ((0, -14), "center"),
     "gram_kernel": ((0, -14), "center"),
-    "factor_kernel": ((-6, 4), "right"),
+    "factor_kernel": ((4, -14), "left"),
     "jacobi_kernel": ((0, -14), "center"),
     "cholesky_inverse": ((0, 7), "center"),
 }

@@ -16,7 +16,7 @@
 #include <ucontext.h>
 
 #ifdef BALORA_REAL_THREADS
-#include <barrier>
+#include <pthread.h>
 #include <thread>
 #endif
 
@@ -60,8 +60,13 @@ struct Warp {  // what lanes show each other
 
 #ifdef BALORA_REAL_THREADS
 inline thread_local Index thread, block, blocks;
-using Barrier = std::barrier<>;
-inline void wait(Barrier& barrier) { barrier.arrive_and_wait(); }
+struct Barrier {  // std::barrier spins first, which hundreds of threads on few cores pay for with minutes
+  explicit Barrier(unsigned size) { pthread_barrier_init(&at, nullptr, size); }
+  ~Barrier() { pthread_barrier_destroy(&at); }
+  Barrier(const Barrier&) = delete;
+  pthread_barrier_t at;
+};
+inline void wait(Barrier& barrier) { pthread_barrier_wait(&barrier.at); }
 #else
 inline Index thread, block, blocks;
 

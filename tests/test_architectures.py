@@ -160,6 +160,9 @@ def test_autocast_of_a_model_whose_last_norm_gives_float32(monkeypatch):
     context = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
     assert_plain(model, batch(), tolerance=0.05, context=context)
     assert {t.dtype for t in seen} == {torch.bfloat16}
+    other = LinearHead(torch.zeros(3, 32, dtype=torch.float16))  # of which autocast's type would make float32 products
+    with context():
+        assert causal_lm._as_the_head_takes(seen[0].float(), other).dtype == torch.float32
 
 
 def test_a_compiled_model():
@@ -453,6 +456,15 @@ def test_an_adapter_that_is_switched_off_or_added_on_the_head_is_seen():
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="its head has the adapters .*, which was not so when it was attached"):
         model(**batch())
+
+
+def test_another_adapter_on_the_head_of_a_pissa_model():
+    """It has no A₀ and B₀."""
+    base = tiny("llama", torch.float64)
+    model = attach(balora.get_pissa_model(base, r=2, lora_alpha=2, target_modules=["q_proj", "lm_head"]))
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    model.set_adapter("other")
+    assert_plain(model, batch(), tolerance=1e-6)
 
 
 @pytest.mark.parametrize("form", ["offset", "residual"])

@@ -338,6 +338,15 @@ def test_a_missing_output_dir_and_bad_recipes(inputs, tmp_path, capsys):
     assert "required: --output_dir" in capsys.readouterr().err
 
 
+def test_a_pipe_that_breaks_in_a_run_is_an_error(monkeypatch):
+    def broken(argv):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_bench", broken)
+    with pytest.raises(BrokenPipeError):
+        cli.main(["bench", "--impl", "torch"])
+
+
 def test_a_reader_that_stops():
     process = subprocess.Popen(
         [sys.executable, "-m", "balora.cli", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -275,6 +275,11 @@ def test_methods_seeds_and_sweeps_can_be_added(fake, tmp_path, inputs):
     assert "Sensitivity to r" in (tmp_path / "compare.html").read_text()
 
 
+def test_a_sweep_knows_the_alpha_that_nobody_set(fake, tmp_path):
+    assert fake(methods="balora", seeds="1", sweep="lora_alpha 4 8") == 0  # r is 4
+    assert {p.parent.name for p in tmp_path.glob("*/1")} == {"balora", "sweep_lora_alpha_8"}
+
+
 def test_an_interrupt_ends_the_process_and_says_how_to_go_on(fake, tmp_path, capsys, monkeypatch):
     (tmp_path / "slow").touch()
 

@@ -1,6 +1,7 @@
 """What `import balora` needs, who imports whom, and that the folder kernels/ shadows nobody."""
 
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -351,6 +352,15 @@ def test_transformers_and_the_folder_kernels_get_along(installed):
     result = python(code, **environment)
     assert result.returncode == 0, result.stderr
     assert ("with-kernels" in result.stdout) is installed
+
+
+def test_the_names_that_are_told_can_be_had(monkeypatch):
+    import balora
+
+    assert {"attach", "functional", "trainer"} <= set(dir(balora))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else name)
+    assert "functional" in dir(balora)
+    assert not {"attach", "trainer"} & set(dir(balora))
 
 
 def test_the_public_names_are_there():

@@ -43,8 +43,8 @@ def check(loss, z, teacher, dtype, by="streaming", **kwargs):
     exact, exact_grad = evaluate(loss, z.double(), teacher.double(), impl="reference", **kwargs)
     assert found.dtype == torch.promote_types(dtype, torch.float32)
     assert grad.dtype == dtype
-    assert_within_budget(found.detach(), plain.detach(), exact.detach(), found.dtype, "value")
-    assert_within_budget(grad, plain_grad, exact_grad, dtype, "gradient")
+    assert_within_budget(found.detach(), plain.detach(), exact.detach(), found.dtype, "value", by)
+    assert_within_budget(grad, plain_grad, exact_grad, dtype, "gradient", by)
     return found, grad
 
 

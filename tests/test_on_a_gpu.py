@@ -27,8 +27,9 @@ def call(tmp_path):
 
     def run(seconds):
         path = f"{tmp_path}:{os.environ['PATH']}"
-        command = [str(script), str(tmp_path / "out"), str(seconds)]
-        shown = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True).stdout
+        environment = {**os.environ, "PATH": path, "LEAST": str(seconds // 2)}
+        command = [str(script), "out", str(seconds)]
+        shown = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True).stdout
         with tarfile.open(tmp_path / "out" / "gpu.tgz") as archive:
             return shown, set(archive.getnames())
 
@@ -36,13 +37,13 @@ def call(tmp_path):
 
 
 def test_steps_go_on_in_the_next_call(call):
-    shown, kept = call(17)
+    shown, kept = call(16)
     assert "== build: status 0" in shown
     assert "== tests: status 2" in shown
     assert "== profiles: status 124" in shown  # stopped when the time was over
     assert "== cost-rest: no time left" in shown
     assert {"logs/tests.log", "logs/profiles.log", "results/calls.txt"} <= kept
-    shown, kept = call(17)
+    shown, kept = call(16)
     assert "build" not in shown
     assert "profiles" not in shown  # a whole call was too short for it
     assert "== sweep: status 0" in shown

@@ -153,6 +153,9 @@ def test_an_output_folder_that_cannot_be_written(inputs, tmp_path, capsys, monke
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and may(path, mode))
     assert cli.main(["train", *flags(options(inputs, tmp_path / "new" / "run"))]) == 2
     assert f"output_dir: expected a folder to write to, found {tmp_path}, where this user" in capsys.readouterr().err
+    training = train.TrainingArguments(output_dir=str(tmp_path / "new"), use_cpu=True)
+    monkeypatch.setattr(train.TrainingArguments, "should_save", False)  # a process that never writes there
+    assert resume.checkpoint(training) is None
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -171,9 +174,16 @@ def test_a_run_whose_steps_are_all_taken_is_exported_and_no_more(inputs, tmp_pat
     assert cli.main(["train", *flags(values)]) == 0
     weights = (out / "lora" / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(out / "lora")
+    state, page = (out / name for name in ("trainer_state.json", "report.html"))
+    state.unlink()
+    page.write_text("as it was in the middle of the run")
     capsys.readouterr()
     assert cli.main(["train", str(out / "recipe.yaml"), "--resume_from_checkpoint", "true"]) == 0
-    assert f"{out / 'checkpoint-3'} is that of the last step, 3; none is left to take" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{out / 'checkpoint-3'} is that of the last step, 3; none is left to take" in shown
+    assert f"report: {page}" in shown
+    assert "Finished: 3 steps" in page.read_text()
+    assert json.loads(state.read_text())["global_step"] == 3
     assert (out / "lora" / "adapter_model.safetensors").read_bytes() == weights
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
     config = json.loads((out / "checkpoint-3" / "adapter_config.json").read_text())
@@ -196,7 +206,8 @@ def test_a_run_that_is_stopped_says_how_to_go_on(inputs, tmp_path, capsys, monke
     out = tmp_path / "run"
     monkeypatch.setattr(train._AllStepsTaken, "on_step_end", stop_at(1))
     assert cli.main(["train", *flags(options(inputs, out, save_steps=2))]) == status
-    assert f"{told}; {out} has no complete checkpoint yet (save_steps is 2)" in capsys.readouterr().err
+    none_yet = f"{told}; {out} has no complete checkpoint yet (save_strategy is steps, save_steps 2)"
+    assert none_yet in capsys.readouterr().err
     monkeypatch.setattr(train._AllStepsTaken, "on_step_end", stop_at(3))
     assert cli.main(["train", *flags(options(inputs, out, save_steps=2))]) == status
     shown = capsys.readouterr().err
