@@ -60,13 +60,20 @@ struct Warp {  // what lanes show each other
 
 #ifdef BALORA_REAL_THREADS
 inline thread_local Index thread, block, blocks;
-struct Barrier {  // std::barrier spins first, which hundreds of threads on few cores pay for with minutes
-  explicit Barrier(unsigned size) { pthread_barrier_init(&at, nullptr, size); }
-  ~Barrier() { pthread_barrier_destroy(&at); }
+// std::barrier spins first, which hundreds of threads on few cores pay for with minutes. Two barriers in turns: the
+// sanitizer orders a thread that wakes from one behind all that have reached it, also those that reach it the next time.
+struct Barrier {
+  explicit Barrier(unsigned size) {
+    for (auto& each : at) pthread_barrier_init(&each, nullptr, size);
+  }
+  ~Barrier() {
+    for (auto& each : at) pthread_barrier_destroy(&each);
+  }
   Barrier(const Barrier&) = delete;
-  pthread_barrier_t at;
+  pthread_barrier_t at[2];
+  unsigned char passed[1024] = {};  // by each thread
 };
-inline void wait(Barrier& barrier) { pthread_barrier_wait(&barrier.at); }
+inline void wait(Barrier& barrier) { pthread_barrier_wait(&barrier.at[barrier.passed[thread.x]++ % 2]); }
 #else
 inline Index thread, block, blocks;
 
