@@ -12,9 +12,12 @@ import torch
 from balora import BALoraConfig, LinearHead
 from balora import functional as F
 
+from .fast_interpreter import speed_up
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
+    speed_up()
 # Beside other workers one thread: two would wait for each other in turns.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
