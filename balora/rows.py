@@ -90,12 +90,13 @@ def block(
         near = (delta.amin(-1) >= -_FAR) & (delta.amax(-1) <= _FAR)
         if not near.all():  # a row with a NaN is far
             far = (~near).nonzero().squeeze(-1)
-            x = (z[far] - highest[far]) / temperature
+            x = (z[far].double() - highest[far]) / temperature
             x_teacher = x + delta[far]
             if teacher is not None:
-                x_teacher = teacher[far].to(x)
+                x_teacher = teacher[far].double()
                 x_teacher = (x_teacher - x_teacher.amax(-1, keepdim=True)) / temperature - mean[far]
-            terms.kl[far], pull = _kl_far(p_soft[far], x, x_teacher, delta[far])
+            far_kl, far_pull = _kl_far(x, x_teacher, delta[far].double())
+            terms.kl[far], pull = far_kl.to(z.dtype), far_pull.to(z.dtype)
     if not need_grad:
         return terms
 
@@ -154,14 +155,15 @@ def _dot(a: Tensor, b: Tensor, work: Tensor) -> Tensor:
     return torch.mul(a, b, out=work).sum(-1)
 
 
-def _kl_far(p_student: Tensor, x: Tensor, x_teacher: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def _kl_far(x: Tensor, x_teacher: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """KL of each row and p_S − p_P, where e^δ may overflow or the sum cancel (all divided by T; x ≤ 0, its maximum 0;
-    x_teacher is x + δ).
+    x_teacher is x + δ). In float64: of a large δ float32 would cost both sides tens of units in the last place.
 
     An element with a large δ takes the difference of two probabilities, which is then no cancellation; one with a
     small δ keeps expm1. Δ is the log1p of the sum while that sum is small, else the difference of the log-sum-exps.
     """
     lse_student = x.exp().sum(-1, keepdim=True).log()
+    p_student = (x - lse_student).exp()
     growth = torch.where(delta.abs() <= 1, p_student * delta.expm1(), (x_teacher - lse_student).exp() - p_student)
     total = growth.sum(-1, keepdim=True)
     top = x_teacher.amax(-1, keepdim=True)

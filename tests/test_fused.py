@@ -80,11 +80,25 @@ def test_terms_of_the_whole_batch_besides(variant):
 
 @no_cover
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
-@pytest.mark.parametrize("distance", [1e-4, 1e-2, 1.0, 10.0])
+@pytest.mark.parametrize("distance", [1e-4, 1e-2, 1.0])
 def test_consistency_from_close_to_far(small_tiles, distance, temperature):
     inputs = problem(5, 16, 300, dtype=torch.float32, distance=distance, scale=3.0)
     config = only("consistency", temperature=temperature)
     test_streaming.check(inputs, config, torch.float32, impl="triton")
+
+
+@no_cover
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+def test_a_far_teacher(small_tiles, temperature):
+    """Sums as large as the distance are subtracted: of 24 draws none was off by more than 6 and 29 units in the last
+    place, of plain torch 9 and 20."""
+    hidden, teacher, weight, labels = problem(5, 16, 300, dtype=torch.float32, distance=10.0, scale=3.0)
+    config = only("consistency", temperature=temperature)
+    found, grad = run(hidden, teacher, weight, labels, config, "triton")
+    exact, exact_grad = run(hidden.double(), teacher.double(), weight.double(), labels, config, "reference")
+    eps = torch.finfo(torch.float32).eps
+    assert found.consistency.item() == pytest.approx(exact.consistency.item(), rel=16 * eps)
+    assert (grad - exact_grad).abs().max() <= 48 * eps * exact_grad.abs().max()
 
 
 @pytest.mark.parametrize("distance", [1.7e-4, 1e-2, 0.4, 1.1])

@@ -46,6 +46,23 @@ def test_consistency_from_close_to_far(distance, temperature):
     check(inputs, replace(only("consistency"), temperature=temperature), torch.float32)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("distance", [4.0, 10.0, 40.0])
+def test_a_far_teacher_costs_no_more_digits_than_plain_torch(distance, temperature):
+    """The rounding of one problem is chance: medians of 31, in units of the last place."""
+    config = only("consistency", temperature=temperature)
+    errors = []
+    for seed in range(31):
+        inputs = problem(5, 16, 300, dtype=torch.float32, distance=distance, scale=3.0, seed=seed)
+        exact, exact_grad = run(*(x.double() for x in inputs[:3]), inputs[3], config, "reference")
+        for impl in ("streaming", "reference"):
+            found, grad = run(*inputs, config, impl)
+            value = (found.consistency.double() / exact.consistency - 1).abs()
+            errors += [value, (grad.double() - exact_grad).abs().max() / exact_grad.abs().max()]
+    own, plain = (torch.stack(errors).view(-1, 2, 2) / torch.finfo(torch.float32).eps).median(0).values
+    assert (own <= 2 * (plain + 1)).all(), (own, plain)
+
+
 @pytest.mark.parametrize("distance", [1e-3, 3e-2, 0.3, 3.0])
 def test_bf16_consistency_within_two_percent_at_every_distance(distance):
     hidden, teacher, weight, labels = problem(64, 256, 4000, dtype=torch.bfloat16, distance=distance, scale=3.0)
@@ -247,7 +264,8 @@ def test_a_rare_token_that_moves_far_keeps_the_small_kl_accurate():
 @pytest.mark.parametrize("distance", [1e-3, 1e-1, 1.0, 10.0])
 @pytest.mark.parametrize("outliers", [0, 1, 3])
 def test_kl_in_float32_from_near_to_far_with_rare_tokens_that_move_far(distance, outliers):
-    """Value and gradient of the KL alone, where subtracting rounded probabilities or log-sum-exps would show."""
+    """Value and gradient of the KL alone, where subtracting rounded probabilities or log-sum-exps would show. The value
+    is a sum of numbers 1/distance as large: of 200 draws none was more than 2.5e-5 off at 1e-3, 9e-7 from 1e-1 on."""
     g = torch.Generator().manual_seed(0)
     z = torch.randn(8, 300, generator=g)
     delta = distance * torch.randn(8, 300, generator=g)
@@ -269,8 +287,8 @@ def test_kl_in_float32_from_near_to_far_with_rare_tokens_that_move_far(distance,
         need_grad=True,
     )
     kl, grad = terms.kl, shifted
-    assert kl.sum().item() == pytest.approx(exact.item(), rel=2e-5)
-    assert (grad - wide.grad).norm() <= 2e-5 * wide.grad.norm()
+    assert kl.sum().item() == pytest.approx(exact.item(), rel=max(5e-8 / distance, 2e-6))
+    assert (grad - wide.grad).norm() <= 3e-6 * wide.grad.norm()
 
 
 @pytest.mark.parametrize("offset", [-20.0, 3.0, 20.0])
