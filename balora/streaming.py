@@ -20,7 +20,7 @@ from torch import Tensor
 from . import batch, rows, spectral
 from .config import rank_of
 from .head import Linear, LinearHead
-from .precision import float32_products
+from .precision import float32_products, multiplies_bfloat16
 
 if TYPE_CHECKING:
     from .config import BALoraConfig
@@ -114,7 +114,7 @@ class Run:
         others = others or (config.lambda_diversity != 0 and config.diversity == "covariance")
         self.whole = self.whole_svd or others
         self.only_svd = self.whole_svd and not others
-        narrow = hidden.dtype == head.weight.dtype == torch.bfloat16
+        narrow = hidden.dtype == head.weight.dtype == torch.bfloat16 and multiplies_bfloat16(hidden.device)
         self.narrow_delta = narrow and kl and self.own_head is None and head.lora is None and head.softcap is None
         self.narrow_grad = narrow and self.need_grad and not self.trained_head
 

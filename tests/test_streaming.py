@@ -63,8 +63,26 @@ def test_a_far_teacher_costs_no_more_digits_than_plain_torch(distance, temperatu
     assert (own <= 2 * (plain + 1)).all(), (own, plain)
 
 
+@pytest.fixture(params=[True, False], ids=["bf16 hardware", "no bf16 hardware"])
+def hardware(request, monkeypatch):
+    """A CPU that multiplies bfloat16, and one whose products are in float32, whichever is here."""
+    monkeypatch.setattr(streaming, "multiplies_bfloat16", lambda _: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("term", [*TERMS, "all"])
+def test_bfloat16_with_and_without_hardware(hardware, monkeypatch, term):
+    products = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **out: products.append(b.dtype) or mm(a, b, **out))
+    config = ALL_TERMS if term == "all" else only(term)
+    check(problem(37, 16, 101, dtype=torch.bfloat16, ignored=5), config, torch.bfloat16)
+    assert hardware or torch.bfloat16 not in products
+    assert products
+
+
 @pytest.mark.parametrize("distance", [1e-3, 3e-2, 0.3, 3.0])
-def test_bf16_consistency_within_two_percent_at_every_distance(distance):
+def test_bf16_consistency_within_two_percent_at_every_distance(hardware, distance):
     hidden, teacher, weight, labels = problem(64, 256, 4000, dtype=torch.bfloat16, distance=distance, scale=3.0)
     if distance < 2**-7:  # a bf16 teacher so close is mostly the same number: move few entries by one rounding step
         moved = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(1)) < 0.01
