@@ -11,8 +11,8 @@ import torch
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 operands should be multiplied as such there. A CPU without AVX-512 (on x86) takes 5 to 40 times as
-    long for them as for their float32 copies."""
+    """Whether bfloat16 operands should be multiplied as such there. A CPU without AVX-512 (on x86) takes 5 to 40 times
+    as long for them as for their float32 copies."""
     if device.type != "cpu":
         return True
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -289,12 +289,12 @@ def test_small_svd(library, width):
     c[2, :, width // 2 :] = 0
     c[3] = 0
     c[4] *= torch.logspace(0, -40, width, dtype=torch.float64)
-    assert_small_svd(c, *small_svd(library, c))
-    for size in (1e200, 1e-200):
+    s, left, right = small_svd(library, c)
+    assert_small_svd(c, s, left, right)
+    assert width == 1 or not s[3].any()
+    for size in (1e200, 1e-200) if width < 256 else ():  # which takes minutes for the largest
         s, left, right = small_svd(library, size * c)
         assert_small_svd(c, s / size, left, right)
-    if width > 1:
-        assert not small_svd(library, c)[0][3].any()
     assert call(library, "small_svd", c, 5, 257, None, None, None, None) != 0
 
 
