@@ -96,7 +96,7 @@ def test_a_far_teacher(small_tiles, temperature):
     config = only("consistency", temperature=temperature)
     found, grad = run(hidden, teacher, weight, labels, config, "triton")
     exact, exact_grad = run(hidden.double(), teacher.double(), weight.double(), labels, config, "reference")
-    eps = torch.finfo(torch.float32).eps
+    eps = torch.finfo(torch.float32).eps * (4 if torch.cuda.is_available() else 1)  # a device's exp2 is approximate
     assert found.consistency.item() == pytest.approx(exact.consistency.item(), rel=16 * eps)
     assert (grad - exact_grad).abs().max() <= 48 * eps * exact_grad.abs().max()
 
